@@ -1,0 +1,1 @@
+//! Serve Linux block devices from user space through ublk.

@@ -1,0 +1,5 @@
+//! The kernel's words: structures, commands, flags, and the calls that need `unsafe`. No logic.
+
+pub(crate) mod map;
+pub(crate) mod process;
+pub mod ublk;

@@ -4,6 +4,8 @@ pub mod backend;
 mod builder;
 pub mod ctrl;
 mod device;
+#[cfg(feature = "driverless")]
+pub mod driverless;
 mod error;
 pub mod holders;
 mod params;
@@ -22,5 +24,6 @@ pub use device::{Closed, Deletion, Device};
 pub use error::{Error, ErrorKind, Result};
 pub use queue::Handler;
 pub use request::{DetachedRequest, Io, Operation, Request};
+pub use ring::client::{BlockClient, ZeroSpace};
 pub use signals::Signals;
 pub use stats::{Event, QueueStats};

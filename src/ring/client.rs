@@ -6,13 +6,13 @@ use std::mem::ManuallyDrop;
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use io_uring::{opcode, squeue, types};
 use nix::errno::Errno;
 use nix::libc;
 
-use super::{Issuer, Ring};
+use super::{Kind, Ring};
 use crate::backend::WriteFlags;
 use crate::sys::map::{Map, page_size};
+use crate::sys::uring::{self, Sqe};
 
 /// How long dropping a client waits for what is in flight, before it leaks the buffers rather than free them under the
 /// kernel's hands.
@@ -76,7 +76,7 @@ impl BlockClient {
         assert!(slots > 0 && slot_bytes > 0, "a client has slots, and they have bytes");
         let stride = slot_bytes.next_multiple_of(page_size());
         let buffers = Map::anonymous(stride * usize::from(slots))?;
-        let ring = Ring::new(u32::from(slots), Issuer::ThisThread)?;
+        let ring = Ring::new(u32::from(slots), Kind::ThisThread)?;
         ring.register_files(&[file.as_fd()])?;
         let vectors: Vec<_> = (0..usize::from(slots))
             .map(|slot| libc::iovec {
@@ -85,7 +85,7 @@ impl BlockClient {
             })
             .collect();
         // SAFETY: the buffers are unmapped only after the ring is gone (see `drop`).
-        let registered_buffers = unsafe { ring.submitter.register_buffers(&vectors) }.is_ok();
+        let registered_buffers = unsafe { uring::register_buffers(&*ring.fd, &vectors) }.is_ok();
         Ok(Self {
             ring: ManuallyDrop::new(ring),
             buffers: ManuallyDrop::new(buffers),
@@ -154,11 +154,8 @@ impl BlockClient {
     pub fn read(&mut self, slot: u16, offset: u64, len: usize) {
         let address = self.address(slot);
         assert!(len <= self.stride, "a read longer than its slot");
-        let entry = if self.registered_buffers {
-            opcode::ReadFixed::new(types::Fixed(0), address, len as u32, slot).offset(offset).build()
-        } else {
-            opcode::Read::new(types::Fixed(0), address, len as u32).offset(offset).build()
-        };
+        let opcode = if self.registered_buffers { uring::OP_READ_FIXED } else { uring::OP_READ };
+        let entry = Sqe { opcode, off: offset, addr: address as u64, len: len as u32, ..Sqe::default() };
         self.start(slot, entry);
     }
 
@@ -170,12 +167,9 @@ impl BlockClient {
     pub fn write(&mut self, slot: u16, offset: u64, len: usize, flags: WriteFlags) {
         let address = self.address(slot);
         assert!(len <= self.stride, "a write longer than its slot");
-        let flags = if flags.fua { libc::RWF_DSYNC } else { 0 };
-        let entry = if self.registered_buffers {
-            opcode::WriteFixed::new(types::Fixed(0), address, len as u32, slot).offset(offset).rw_flags(flags).build()
-        } else {
-            opcode::Write::new(types::Fixed(0), address, len as u32).offset(offset).rw_flags(flags).build()
-        };
+        let opcode = if self.registered_buffers { uring::OP_WRITE_FIXED } else { uring::OP_WRITE };
+        let op_flags = if flags.fua { libc::RWF_DSYNC as u32 } else { 0 };
+        let entry = Sqe { opcode, off: offset, addr: address as u64, len: len as u32, op_flags, ..Sqe::default() };
         self.start(slot, entry);
     }
 
@@ -184,7 +178,7 @@ impl BlockClient {
     /// # Panics
     /// If the slot is busy.
     pub fn sync_data(&mut self, slot: u16) {
-        let entry = opcode::Fsync::new(types::Fixed(0)).flags(types::FsyncFlags::DATASYNC).build();
+        let entry = Sqe { opcode: uring::OP_FSYNC, op_flags: uring::FSYNC_DATASYNC, ..Sqe::default() };
         self.start(slot, entry);
     }
 
@@ -197,17 +191,17 @@ impl BlockClient {
             ZeroSpace::MayUnmap => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
             ZeroSpace::Keep => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
         };
-        let entry = opcode::Fallocate::new(types::Fixed(0), len).offset(offset).mode(mode).build();
+        // The kernel takes the mode in `len` and the length in `addr`.
+        let entry = Sqe { opcode: uring::OP_FALLOCATE, off: offset, addr: len, len: mode as u32, ..Sqe::default() };
         self.start(slot, entry);
     }
 
-    fn start(&mut self, slot: u16, entry: squeue::Entry) {
+    fn start(&mut self, slot: u16, entry: Sqe) {
         assert!(self.is_idle(slot), "slot {slot} has an operation in flight");
-        let entry = entry.user_data(u64::from(slot));
-        // SAFETY: the only memory an entry of ours names is its slot's buffer, which is not handed out while the slot is
-        // busy and not unmapped while the ring may use it.
-        let pushed = unsafe { self.ring.push(&entry) };
-        assert!(pushed, "the ring has an entry for every slot");
+        let entry = Sqe { fd: 0, flags: uring::SQE_FIXED_FILE, buf_index: slot, user_data: u64::from(slot), ..entry };
+        // SAFETY: the only memory an entry of ours names is its slot's buffer, which is not handed out while the slot is busy and
+        // not unmapped while the ring may use it.
+        unsafe { self.ring.push(&entry) };
         self.busy[usize::from(slot)] = true;
         self.in_flight += 1;
     }
@@ -227,10 +221,10 @@ impl BlockClient {
     /// The next completed operation: its slot, and how many bytes it moved or how it failed.
     pub fn next_completion(&mut self) -> Option<(u16, io::Result<usize>)> {
         let cqe = self.ring.next()?;
-        let slot = cqe.user_data() as u16;
+        let slot = cqe.user_data as u16;
         self.busy[usize::from(slot)] = false;
         self.in_flight -= 1;
-        let result = match cqe.result() {
+        let result = match cqe.result {
             count @ 0.. => Ok(count as usize),
             error => Err(Errno::from_raw(-error).into()),
         };

@@ -3,3 +3,4 @@
 pub(crate) mod map;
 pub(crate) mod process;
 pub mod ublk;
+pub(crate) mod uring;

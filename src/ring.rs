@@ -14,7 +14,6 @@ pub(crate) mod command;
 pub(crate) mod tags;
 
 use std::io;
-use std::mem::ManuallyDrop;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -56,10 +55,9 @@ pub(crate) struct Ring {
     // What to enter it by.
     enter_fd: RawFd,
     enter_flags: u32,
-    // Unmapped and closed in this order.
-    _rings: ManuallyDrop<Map>,
-    _entries: ManuallyDrop<Map>,
-    fd: ManuallyDrop<OwnedFd>,
+    fd: OwnedFd,
+    /// What the pointers above lead into.
+    _mappings: [Map; 2],
 }
 
 impl Ring {
@@ -145,16 +143,15 @@ impl Ring {
             shared_filled: at(cq.tail).cast(),
             enter_fd,
             enter_flags,
-            _rings: ManuallyDrop::new(rings),
-            _entries: ManuallyDrop::new(entries),
-            fd: ManuallyDrop::new(fd),
+            fd,
+            _mappings: [rings, entries],
         })
     }
 
     /// Makes `files` the ring's fixed files, from index 0.
     pub(crate) fn register_files(&self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         let files: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
-        uring::register_files(&*self.fd, &files)
+        uring::register_files(&self.fd, &files)
     }
 
     /// The index of the next free slot, which is the caller's to fill before it calls [`enter`](Self::enter).
@@ -284,18 +281,6 @@ fn forgive(error: io::Error) -> io::Result<()> {
     }
 }
 
-impl Drop for Ring {
-    fn drop(&mut self) {
-        // SAFETY: none of the three is used again. The mappings go before the descriptor, so that closing it is what ends the
-        // ring.
-        unsafe {
-            ManuallyDrop::drop(&mut self._rings);
-            ManuallyDrop::drop(&mut self._entries);
-            ManuallyDrop::drop(&mut self.fd);
-        }
-    }
-}
-
 // SAFETY: the pointers lead into mappings that this value owns and that follow it from thread to thread. A ring of
 // `Kind::ThisThread` is made and used inside one thread by its owners; were one moved, the kernel would refuse its enters
 // (EEXIST, or EINVAL for the registered descriptor), which is an error and not undefined behaviour.
@@ -318,9 +303,10 @@ mod tests {
             for round in 0..1000u64 {
                 let batch = round % 8 + 1;
                 for _ in 0..batch {
-                    // SAFETY: a NOP names no memory.
                     match kind {
+                        // SAFETY: a NOP names no memory.
                         Kind::ThisThread => unsafe { ring.push(&nop(sent)) },
+                        // SAFETY: as above.
                         Kind::Commands => unsafe { ring.push_wide(&nop(sent), [0; 8]) },
                     }
                     sent += 1;

@@ -85,7 +85,7 @@ impl BlockClient {
             })
             .collect();
         // SAFETY: the buffers are unmapped only after the ring is gone (see `drop`).
-        let registered_buffers = unsafe { uring::register_buffers(&*ring.fd, &vectors) }.is_ok();
+        let registered_buffers = unsafe { uring::register_buffers(&ring.fd, &vectors) }.is_ok();
         Ok(Self {
             ring: ManuallyDrop::new(ring),
             buffers: ManuallyDrop::new(buffers),
@@ -263,7 +263,7 @@ mod tests {
         let path = dir.join(format!("ublkit-client-{}-{:?}", std::process::id(), std::thread::current().id()));
         let mut file = File::options().read(true).write(true).create(true).truncate(true).open(&path).expect("open");
         std::fs::remove_file(&path).expect("unlink");
-        file.write_all(&[0; 64 << 10]).expect("fill");
+        file.write_all(&vec![0; 64 << 10]).expect("fill");
         file
     }
 

@@ -136,7 +136,7 @@ pub(crate) enum Copying {
 
 /// What is kept per tag.
 #[derive(Clone, Copy, Debug)]
-struct Tag {
+struct Slot {
     /// The tag's COMMIT, complete but for the result.
     commit: Sqe,
     owner: Owner,
@@ -149,7 +149,7 @@ pub(crate) struct Tags {
     queue: u16,
     copying: Copying,
     descriptors: Map,
-    tags: Box<[Tag]>,
+    slots: Box<[Slot]>,
     shared: Arc<Shared>,
     character_device: Arc<File>,
     /// Loans that are out.
@@ -190,13 +190,13 @@ impl Tags {
                 ..Sqe::default()
             }
         };
-        let tags = (0..depth).map(|tag| Tag { commit: commit(tag), owner: Owner::Driver }).collect();
+        let slots = (0..depth).map(|tag| Slot { commit: commit(tag), owner: Owner::Driver }).collect();
         Ok(Self {
             ring,
             queue,
             copying,
             descriptors,
-            tags,
+            slots,
             shared,
             character_device,
             lent: 0,
@@ -218,8 +218,8 @@ impl Tags {
 
     /// Queues a FETCH for every tag, and the wake-up poll.
     pub(crate) fn fetch_all(&mut self) {
-        for tag in 0..self.tags.len() {
-            let fetch = Sqe { off: u64::from(ublk::IO_FETCH_REQ), ..self.tags[tag].commit };
+        for tag in 0..self.slots.len() {
+            let fetch = Sqe { off: u64::from(ublk::IO_FETCH_REQ), ..self.slots[tag].commit };
             // SAFETY: as in `commit_from`.
             unsafe { self.ring.push(&fetch) };
         }
@@ -229,7 +229,7 @@ impl Tags {
     /// Gives a tag that is `owner`'s back to the driver with a result.
     #[inline(always)]
     fn commit_from(&mut self, owner: Owner, tag: u16, result: i32) {
-        let tag = &mut self.tags[usize::from(tag)];
+        let tag = &mut self.slots[usize::from(tag)];
         assert!(tag.owner == owner, "only what is the server's can be committed");
         tag.owner = Owner::Driver;
         // SAFETY: the buffer named is the tag's own. The driver writes it only while it owns the tag, in which time this module
@@ -295,7 +295,7 @@ impl Tags {
     #[inline(always)]
     pub(crate) fn next(&mut self) -> Option<(u16, IoDesc)> {
         while let Some(cqe) = self.ring.next() {
-            if let Some(tag) = self.tags.get_mut(cqe.user_data as usize)
+            if let Some(tag) = self.slots.get_mut(cqe.user_data as usize)
                 && cqe.result == ublk::IO_RES_OK
             {
                 tag.owner = Owner::Server;
@@ -332,7 +332,7 @@ impl Tags {
             self.arm_wake();
             return;
         }
-        if let Some(tag) = self.tags.get_mut(index as usize) {
+        if let Some(tag) = self.slots.get_mut(index as usize) {
             tag.owner = Owner::Gone;
         }
         if result == ublk::IO_RES_ABORT {
@@ -346,7 +346,7 @@ impl Tags {
     #[inline(always)]
     pub(crate) fn buffer_mut(&mut self, tag: u16, len: usize) -> &mut [u8] {
         assert!(
-            self.tags[usize::from(tag)].owner == Owner::Server && len <= self.shared.stride,
+            self.slots[usize::from(tag)].owner == Owner::Server && len <= self.shared.stride,
             "the server's own buffer"
         );
         // SAFETY: in bounds by the assertion, mapped while `shared` lives, initialised (anonymous memory is zeroed), and
@@ -362,7 +362,7 @@ impl Tags {
 
     /// Lets a tag's buffer leave this thread.
     pub(crate) fn lend(&mut self, tag: u16) -> Loan {
-        let owner = &mut self.tags[usize::from(tag)].owner;
+        let owner = &mut self.slots[usize::from(tag)].owner;
         assert!(*owner == Owner::Server, "only what is the server's can be lent");
         *owner = Owner::Lent;
         self.lent += 1;
@@ -394,7 +394,7 @@ impl Tags {
 
     /// Whether some request is still the server's.
     pub(crate) fn owns_requests(&self) -> bool {
-        self.tags.iter().any(|tag| matches!(tag.owner, Owner::Server | Owner::Lent))
+        self.slots.iter().any(|tag| matches!(tag.owner, Owner::Server | Owner::Lent))
     }
 
     /// Whether the queue was told to end whatever it owns.

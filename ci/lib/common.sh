@@ -8,9 +8,9 @@ readonly EXIT_USAGE=1 EXIT_ENVIRONMENT=4
 
 # A script may be started with its output closed. Writing to a file that happens to get the
 # free descriptor 1 or 2 would be worse than writing nowhere.
-{ : <&0; } 2>/dev/null || exec 0</dev/null
-{ : >&1; } 2>/dev/null || exec 1>/dev/null
-{ : >&2; } 2>/dev/null || exec 2>/dev/null
+[ -e /proc/self/fd/0 ] || exec 0</dev/null
+[ -e /proc/self/fd/1 ] || exec 1>/dev/null
+[ -e /proc/self/fd/2 ] || exec 2>/dev/null
 
 say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
 

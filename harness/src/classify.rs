@@ -1,10 +1,25 @@
 //! Naming a corruption: what a wrong sector holds instead of what it should.
+//!
+//! The names are about bytes. Where two histories leave the same bytes behind, they share a name:
+//!
+//! * *Lost* is exactly what the last acknowledged operation replaced; *stale* is any older generation. A write that
+//!   went elsewhere leaves *lost* at the place it was meant for, and *misdirected* where it went.
+//! * *Lost* takes precedence over *zero*: when the last operation replaced zeroes and zeroes are found, it cannot be told
+//!   whether it was dropped or wrote zeroes.
+//! * Where a failed or unknown operation came just before, what the last one replaced is not known; the generation
+//!   just before it then counts as *stale*.
+//! * *Misdirected* is the same for a write that went to the wrong sector and a read that came from it; a second read
+//!   tells them apart. A shift by whole sectors is *misdirected* too.
+//! * A tear before the first word or after the last is none.
+//!
+//! A word is believed to be of this sector when it decodes to it, 40 bits that agree. Any other origin has to be named by
+//! two words at the same distance from where they belong, so that random bytes name nothing.
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::sector::{Generation, Origin, Pattern, SECTOR};
+use crate::sector::{Generation, Origin, Pattern};
 use crate::seed::Seed;
 
 /// What one sector can hold.
@@ -107,11 +122,11 @@ pub enum Class {
         /// Where it was written then.
         origin: Origin,
     },
-    /// Some words can be read and others cannot, or the words come from several places.
+    /// Some words can be read and others cannot, or they come from more than two places.
     Partial {
         /// How many of the 64 words are as they should be.
         good_words: u32,
-        /// How many name any origin, or are zero.
+        /// How many name an origin, or are zero.
         readable_words: u32,
     },
     /// Nothing in it is anything this harness wrote.
@@ -127,15 +142,6 @@ pub struct Classifier<'a> {
     pub foreign: &'a [Pattern],
     /// The size of the device, in sectors.
     pub device_sectors: u64,
-}
-
-impl Classifier<'_> {
-    /// Names what `got`, read from sector `lba`, is.
-    #[must_use]
-    pub fn classify(&self, got: &[u8; SECTOR], lba: u64, expected: &Expected) -> Class {
-        let _ = (got, lba, expected);
-        todo!()
-    }
 }
 
 impl Class {
@@ -163,13 +169,108 @@ impl Class {
 /// One line for a human.
 impl fmt::Display for Class {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
+        match self {
+            Self::Good => f.write_str("good"),
+            Self::Lost { found } => {
+                write!(
+                    f,
+                    "lost: the last acknowledged operation left no trace; found {found}"
+                )
+            }
+            Self::Stale { generation } => {
+                write!(f, "stale: found generation {generation}, long overwritten")
+            }
+            Self::Future { generation } => {
+                write!(
+                    f,
+                    "future: found generation {generation}, not to be seen yet"
+                )
+            }
+            Self::Misdirected { from, generation } => {
+                write!(
+                    f,
+                    "misdirected: found sector {from}, generation {generation}"
+                )
+            }
+            Self::Torn {
+                at_word,
+                before,
+                after,
+            } => {
+                write!(
+                    f,
+                    "torn at word {at_word} (byte {}): {before}, then {after}",
+                    at_word * 8
+                )
+            }
+            Self::Shifted { by_words } => {
+                let way = if *by_words < 0 { "ahead" } else { "back" };
+                write!(
+                    f,
+                    "shifted: {} bytes too far {way}",
+                    by_words.unsigned_abs() * 8
+                )
+            }
+            Self::BitFlip { bits } => {
+                write!(f, "bit flip: {} of 4096 bits differ, at", bits.len())?;
+                bits.iter()
+                    .try_for_each(|bit| write!(f, " {}.{}", bit / 8, bit % 8))
+            }
+            Self::Zero => f.write_str("zero: nothing but zeroes"),
+            Self::ForeignDevice { device, origin } => {
+                write!(f, "foreign device: found device {device}, {origin}")
+            }
+            Self::ForeignRun { seed, origin } => {
+                write!(f, "foreign run: found what seed {seed} wrote, {origin}")
+            }
+            Self::Partial {
+                good_words,
+                readable_words,
+            } => {
+                write!(
+                    f,
+                    "partial: {good_words} of 64 words are right, {readable_words} name an origin"
+                )
+            }
+            Self::Garbage => f.write_str("garbage: nothing that was ever written"),
+        }
     }
 }
 
-impl fmt::Display for Expected {
+impl fmt::Display for Content {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let _ = f;
-        todo!()
+        match self {
+            Self::Zero => f.write_str("zeroes"),
+            Self::Written(generation) => write!(f, "generation {generation}"),
+            Self::Unknown => f.write_str("anything"),
+        }
     }
 }
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Zero => f.write_str("zeroes"),
+            Self::Written(generation) => write!(f, "generation {generation}"),
+            Self::Elsewhere(origin) => origin.fmt(f),
+            Self::Foreign(origin) => write!(f, "foreign {origin}"),
+        }
+    }
+}
+
+/// The alternatives, then what they replaced.
+impl fmt::Display for Expected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, content) in self.allowed.iter().enumerate() {
+            let or = if at == 0 { "" } else { " or " };
+            write!(f, "{or}{content}")?;
+        }
+        match self.previous {
+            Some(previous) => write!(f, ", in place of {previous}"),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -18,6 +18,7 @@
 #![forbid(unsafe_code)]
 
 pub mod classify;
+mod decode;
 pub mod event;
 pub mod mismatch;
 pub mod plan;

@@ -90,6 +90,12 @@ pub struct Origin {
     pub generation: Generation,
 }
 
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sector {}, generation {}", self.lba, self.generation)
+    }
+}
+
 impl Pattern {
     /// What the run of `seed` writes to its device number `device`.
     #[must_use]
@@ -315,6 +321,6 @@ mod tests {
     fn the_pattern_is_pinned() {
         let mut sector = [0; SECTOR];
         Pattern::new(42, 0).fill_sector(&mut sector, 12345, 6);
-        assert_eq!(sector[..8], 0_u64.to_le_bytes());
+        assert_eq!(sector[..8], [174, 136, 77, 26, 15, 35, 226, 217]);
     }
 }

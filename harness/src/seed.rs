@@ -162,9 +162,9 @@ mod tests {
     fn streams_are_pinned() {
         assert_eq!(
             Seed::new(42).derive("worker", 3).get(),
-            9_470_036_571_577_218_318
+            15_873_259_531_436_007_792
         );
-        assert_eq!(Seed::new(42).rng().next_u64(), 10_265_036_203_023_513_921);
+        assert_eq!(Seed::new(42).rng().next_u64(), 2_324_431_127_679_641_473);
     }
 
     #[test]

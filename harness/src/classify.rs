@@ -172,49 +172,27 @@ impl fmt::Display for Class {
         match self {
             Self::Good => f.write_str("good"),
             Self::Lost { found } => {
-                write!(
-                    f,
-                    "lost: the last acknowledged operation left no trace; found {found}"
-                )
+                write!(f, "lost: the last acknowledged operation left no trace; found {found}")
             }
             Self::Stale { generation } => {
                 write!(f, "stale: found generation {generation}, long overwritten")
             }
             Self::Future { generation } => {
-                write!(
-                    f,
-                    "future: found generation {generation}, not to be seen yet"
-                )
+                write!(f, "future: found generation {generation}, not to be seen yet")
             }
             Self::Misdirected { from, generation } => {
-                write!(
-                    f,
-                    "misdirected: found sector {from}, generation {generation}"
-                )
+                write!(f, "misdirected: found sector {from}, generation {generation}")
             }
-            Self::Torn {
-                at_word,
-                before,
-                after,
-            } => {
-                write!(
-                    f,
-                    "torn at word {at_word} (byte {}): {before}, then {after}",
-                    at_word * 8
-                )
+            Self::Torn { at_word, before, after } => {
+                write!(f, "torn at word {at_word} (byte {}): {before}, then {after}", at_word * 8)
             }
             Self::Shifted { by_words } => {
                 let way = if *by_words < 0 { "ahead" } else { "back" };
-                write!(
-                    f,
-                    "shifted: {} bytes too far {way}",
-                    by_words.unsigned_abs() * 8
-                )
+                write!(f, "shifted: {} bytes too far {way}", by_words.unsigned_abs() * 8)
             }
             Self::BitFlip { bits } => {
                 write!(f, "bit flip: {} of 4096 bits differ, at", bits.len())?;
-                bits.iter()
-                    .try_for_each(|bit| write!(f, " {}.{}", bit / 8, bit % 8))
+                bits.iter().try_for_each(|bit| write!(f, " {}.{}", bit / 8, bit % 8))
             }
             Self::Zero => f.write_str("zero: nothing but zeroes"),
             Self::ForeignDevice { device, origin } => {
@@ -223,14 +201,8 @@ impl fmt::Display for Class {
             Self::ForeignRun { seed, origin } => {
                 write!(f, "foreign run: found what seed {seed} wrote, {origin}")
             }
-            Self::Partial {
-                good_words,
-                readable_words,
-            } => {
-                write!(
-                    f,
-                    "partial: {good_words} of 64 words are right, {readable_words} name an origin"
-                )
+            Self::Partial { good_words, readable_words } => {
+                write!(f, "partial: {good_words} of 64 words are right, {readable_words} name an origin")
             }
             Self::Garbage => f.write_str("garbage: nothing that was ever written"),
         }

@@ -158,11 +158,7 @@ impl Event {
     /// A broken promise, with no more to say than one line.
     #[must_use]
     pub fn finding(oracle: impl Into<String>, what: impl Into<String>) -> Self {
-        Self::Finding(Finding {
-            oracle: oracle.into(),
-            what: what.into(),
-            detail: Vec::new(),
-        })
+        Self::Finding(Finding { oracle: oracle.into(), what: what.into(), detail: Vec::new() })
     }
 }
 

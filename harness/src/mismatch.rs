@@ -76,12 +76,10 @@ impl fmt::Debug for SectorDump {
 impl From<SectorDump> for String {
     fn from(dump: SectorDump) -> Self {
         use fmt::Write;
-        dump.0
-            .iter()
-            .fold(Self::with_capacity(dump.0.len() * 2), |mut text, byte| {
-                let _infallible = write!(text, "{byte:02x}");
-                text
-            })
+        dump.0.iter().fold(Self::with_capacity(dump.0.len() * 2), |mut text, byte| {
+            let _infallible = write!(text, "{byte:02x}");
+            text
+        })
     }
 }
 

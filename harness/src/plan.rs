@@ -67,10 +67,7 @@ pub enum IoSize {
 
 /// Which operations the device offers besides reading and writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is offered or not on its own"
-)]
+#[expect(clippy::struct_excessive_bools, reason = "each is offered or not on its own")]
 pub struct Capabilities {
     /// Flush.
     pub flush: bool,
@@ -128,12 +125,7 @@ impl PlanOptions {
     /// Options for a device of this shape: `workers` disjoint regions, depth 1, the default mix, any size, and every
     /// capability.
     #[must_use]
-    pub fn new(
-        device_bytes: u64,
-        logical_block_bytes: u64,
-        max_io_bytes: u64,
-        workers: u32,
-    ) -> Self {
+    pub fn new(device_bytes: u64, logical_block_bytes: u64, max_io_bytes: u64, workers: u32) -> Self {
         let _ = (device_bytes, logical_block_bytes, max_io_bytes, workers);
         todo!()
     }
@@ -200,14 +192,7 @@ impl fmt::Display for OpKind {
 
 impl Default for Mix {
     fn default() -> Self {
-        Self {
-            read: 50,
-            write: 40,
-            fua: 3,
-            flush: 1,
-            discard: 3,
-            zeroes: 3,
-        }
+        Self { read: 50, write: 40, fua: 3, flush: 1, discard: 3, zeroes: 3 }
     }
 }
 

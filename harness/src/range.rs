@@ -67,10 +67,7 @@ impl SectorRange {
     /// Whether the two have a sector in common.
     #[must_use]
     pub const fn overlaps(self, other: Self) -> bool {
-        self.first < other.end()
-            && other.first < self.end()
-            && !self.is_empty()
-            && !other.is_empty()
+        self.first < other.end() && other.first < self.end() && !self.is_empty() && !other.is_empty()
     }
 
     /// Splits the range into `parts` disjoint ones that begin on multiples of `block_sectors` and together cover it.
@@ -92,9 +89,7 @@ impl SectorRange {
                 (u128::from(blocks) * u128::from(part) / u128::from(parts)) as u64 * block
             }
         };
-        (0..parts)
-            .map(|part| Self::new(self.first + edge(part), edge(part + 1) - edge(part)))
-            .collect()
+        (0..parts).map(|part| Self::new(self.first + edge(part), edge(part + 1) - edge(part))).collect()
     }
 
     /// The pieces of at most `sectors` sectors that the range falls into, in order.
@@ -119,14 +114,7 @@ mod tests {
 
     #[test]
     fn splits_cover_and_do_not_overlap() {
-        for (sectors, parts, block) in [
-            (100, 3, 8),
-            (7, 4, 1),
-            (8, 16, 8),
-            (1 << 20, 5, 8),
-            (9, 2, 4),
-            (3, 2, 8),
-        ] {
+        for (sectors, parts, block) in [(100, 3, 8), (7, 4, 1), (8, 16, 8), (1 << 20, 5, 8), (9, 2, 4), (3, 2, 8)] {
             let whole = SectorRange::new(16, sectors);
             let split = whole.split(parts, block);
             let mut next = 16;

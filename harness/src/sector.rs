@@ -45,21 +45,13 @@ pub const GENERATION_MAX: Generation = (1 << 24) - 1;
 /// The generation after `generation`.
 #[must_use]
 pub const fn next_generation(generation: Generation) -> Generation {
-    if generation >= GENERATION_MAX {
-        1
-    } else {
-        generation + 1
-    }
+    if generation >= GENERATION_MAX { 1 } else { generation + 1 }
 }
 
 /// The generation before `generation`, which is not 0.
 #[must_use]
 pub const fn previous_generation(generation: Generation) -> Generation {
-    if generation <= 1 {
-        GENERATION_MAX
-    } else {
-        generation - 1
-    }
+    if generation <= 1 { GENERATION_MAX } else { generation - 1 }
 }
 
 /// Whether `a` was written after `b`, by the shorter way round.
@@ -106,11 +98,7 @@ impl Pattern {
         for word in table.iter_mut() {
             *word = rng.next_u64();
         }
-        Self {
-            seed,
-            device,
-            table,
-        }
+        Self { seed, device, table }
     }
 
     /// The seed of the run.
@@ -139,12 +127,7 @@ impl Pattern {
     ///
     /// A last part of `buf` that is no whole sector is left as it is.
     #[inline]
-    pub fn fill(
-        &self,
-        buf: &mut [u8],
-        first_lba: u64,
-        mut generation_of: impl FnMut(u64) -> Generation,
-    ) {
+    pub fn fill(&self, buf: &mut [u8], first_lba: u64, mut generation_of: impl FnMut(u64) -> Generation) {
         let (sectors, _rest) = buf.as_chunks_mut::<SECTOR>();
         for (lba, sector) in (first_lba..).zip(sectors) {
             self.fill_sector(sector, lba, generation_of(lba));
@@ -169,17 +152,9 @@ impl Pattern {
     /// `None` when no sector below `device_sectors` has such a word there. By chance that lets through one random word
     /// in 2^43 / `device_sectors`.
     #[must_use]
-    pub fn decode_word(
-        &self,
-        word: u64,
-        table_position: usize,
-        device_sectors: u64,
-    ) -> Option<Origin> {
+    pub fn decode_word(&self, word: u64, table_position: usize, device_sectors: u64) -> Option<Origin> {
         let value = unmix(word ^ self.table.get(table_position)?);
-        let origin = Origin {
-            lba: value >> 24,
-            generation: value as u32 & GENERATION_MAX,
-        };
+        let origin = Origin { lba: value >> 24, generation: value as u32 & GENERATION_MAX };
         let fits = origin.lba < device_sectors
             && origin.generation != 0
             && (origin.lba % TABLE_SECTORS as u64) as usize == table_position / WORDS;
@@ -193,10 +168,7 @@ impl Pattern {
 
 impl fmt::Debug for Pattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Pattern")
-            .field("seed", &self.seed)
-            .field("device", &self.device)
-            .finish_non_exhaustive()
+        f.debug_struct("Pattern").field("seed", &self.seed).field("device", &self.device).finish_non_exhaustive()
     }
 }
 
@@ -205,10 +177,7 @@ impl fmt::Debug for Pattern {
 #[must_use]
 pub fn is_zero(sector: &[u8; SECTOR]) -> bool {
     let (words, _none) = sector.as_chunks::<8>();
-    words
-        .iter()
-        .fold(0, |bits, word| bits | u64::from_le_bytes(*word))
-        == 0
+    words.iter().fold(0, |bits, word| bits | u64::from_le_bytes(*word)) == 0
 }
 
 /// The finaliser of splitmix64: every bit of the input moves about half of the bits of the output.
@@ -232,10 +201,7 @@ mod tests {
     #[test]
     fn unmix_inverts_mix() {
         let mut rng = Seed::new(1).rng();
-        for value in [0, 1, u64::MAX]
-            .into_iter()
-            .chain((0..10_000).map(|_| rng.next_u64()))
-        {
+        for value in [0, 1, u64::MAX].into_iter().chain((0..10_000).map(|_| rng.next_u64())) {
             assert_eq!(unmix(mix(value)), value);
             assert_eq!(mix(unmix(value)), value);
         }
@@ -246,10 +212,8 @@ mod tests {
         let pattern = Pattern::new(5, 1);
         let mut rng = Seed::new(2).rng();
         for _ in 0..100 {
-            let origin = Origin {
-                lba: rng.below(LBA_LIMIT),
-                generation: rng.within(1..=u64::from(GENERATION_MAX)) as u32,
-            };
+            let origin =
+                Origin { lba: rng.below(LBA_LIMIT), generation: rng.within(1..=u64::from(GENERATION_MAX)) as u32 };
             let mut sector = [0; SECTOR];
             pattern.fill_sector(&mut sector, origin.lba, origin.generation);
             assert!(pattern.sector_matches(&sector, origin.lba, origin.generation));

@@ -118,12 +118,7 @@ impl Shadow {
     ///
     /// # Panics
     /// As [`begin_write`](Self::begin_write).
-    pub fn begin_discard(
-        &mut self,
-        op: u64,
-        range: SectorRange,
-        promise: DiscardPromise,
-    ) -> Ticket {
+    pub fn begin_discard(&mut self, op: u64, range: SectorRange, promise: DiscardPromise) -> Ticket {
         let _ = (op, range, promise);
         todo!()
     }

@@ -71,10 +71,7 @@ impl Evidence {
     /// Every counter by name.
     #[must_use]
     pub fn counts(&self) -> BTreeMap<String, u64> {
-        self.counters
-            .iter()
-            .map(|(name, counter)| (name.clone(), counter.count))
-            .collect()
+        self.counters.iter().map(|(name, counter)| (name.clone(), counter.count)).collect()
     }
 
     /// Whether the work done reaches every stated minimum.
@@ -86,18 +83,10 @@ impl Evidence {
             .counters
             .iter()
             .filter(|(_, counter)| counter.count < counter.minimum)
-            .map(|(name, counter)| Shortfall {
-                name: name.clone(),
-                count: counter.count,
-                minimum: counter.minimum,
-            })
+            .map(|(name, counter)| Shortfall { name: name.clone(), count: counter.count, minimum: counter.minimum })
             .collect();
         let asked = self.counters.values().any(|counter| counter.minimum > 0);
-        if asked && missed.is_empty() {
-            Ok(())
-        } else {
-            Err(Vacuous { missed })
-        }
+        if asked && missed.is_empty() { Ok(()) } else { Err(Vacuous { missed }) }
     }
 
     fn counter(&mut self, name: &str) -> &mut Counter {
@@ -110,15 +99,7 @@ impl fmt::Display for Vacuous {
         if self.missed.is_empty() {
             return f.write_str("no minimum of work was stated");
         }
-        for (
-            at,
-            Shortfall {
-                name,
-                count,
-                minimum,
-            },
-        ) in self.missed.iter().enumerate()
-        {
+        for (at, Shortfall { name, count, minimum }) in self.missed.iter().enumerate() {
             let comma = if at == 0 { "" } else { ", " };
             write!(f, "{comma}{name}: {count} of at least {minimum}")?;
         }
@@ -149,10 +130,7 @@ mod tests {
     fn nothing_asked_is_vacuous() {
         let mut evidence = Evidence::new();
         evidence.add("reads", 5);
-        assert_eq!(
-            evidence.judge().expect_err("too little").to_string(),
-            "no minimum of work was stated"
-        );
+        assert_eq!(evidence.judge().expect_err("too little").to_string(), "no minimum of work was stated");
     }
 
     #[test]

@@ -49,10 +49,7 @@ impl Deadline {
     /// `allowed` from now.
     #[must_use]
     pub fn after(allowed: Duration) -> Self {
-        Self {
-            started: Instant::now(),
-            allowed,
-        }
+        Self { started: Instant::now(), allowed }
     }
 
     /// The time left; zero when there is none.
@@ -86,10 +83,7 @@ impl Watchdog {
     ///
     /// # Errors
     /// When the thread cannot be started.
-    pub fn start(
-        options: WatchdogOptions,
-        on_hang: impl FnOnce(HangReport) + Send + 'static,
-    ) -> io::Result<Self> {
+    pub fn start(options: WatchdogOptions, on_hang: impl FnOnce(HangReport) + Send + 'static) -> io::Result<Self> {
         let _ = (options, on_hang);
         todo!()
     }
@@ -97,9 +91,7 @@ impl Watchdog {
     /// Watches `what` until the guard is dropped or `allowed` is over.
     pub fn guard(&self, what: impl Into<String>, allowed: Duration) -> Guard {
         let _ = what.into();
-        Guard {
-            deadline: Deadline::after(allowed),
-        }
+        Guard { deadline: Deadline::after(allowed) }
     }
 
     /// Has the threads of this process in the dump too, such as a server under test.
@@ -109,11 +101,7 @@ impl Watchdog {
     }
 
     /// Asks `tell` for more lines when a deadline passes. One that does not answer within two seconds is passed over.
-    pub fn ask(
-        &self,
-        who: impl Into<String>,
-        tell: impl Fn() -> Vec<String> + Send + Sync + 'static,
-    ) {
+    pub fn ask(&self, who: impl Into<String>, tell: impl Fn() -> Vec<String> + Send + Sync + 'static) {
         let _ = (who.into(), tell);
         todo!()
     }
@@ -129,9 +117,7 @@ impl Guard {
 
 impl Default for WatchdogOptions {
     fn default() -> Self {
-        Self {
-            proc_root: PathBuf::from("/proc"),
-        }
+        Self { proc_root: PathBuf::from("/proc") }
     }
 }
 

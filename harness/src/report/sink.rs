@@ -52,13 +52,8 @@ impl EventLoop {
     /// When the thread cannot be started.
     pub fn start(reporters: Vec<Box<dyn Reporter>>) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
-        let thread = thread::Builder::new()
-            .name("events".to_owned())
-            .spawn(move || run(reporters, &receiver))?;
-        Ok(Self {
-            sink: EventSink { sender },
-            thread,
-        })
+        let thread = thread::Builder::new().name("events".to_owned()).spawn(move || run(reporters, &receiver))?;
+        Ok(Self { sink: EventSink { sender }, thread })
     }
 
     /// A handle to send events with.
@@ -73,16 +68,11 @@ impl EventLoop {
     /// The first failure of each reporter that failed, other than that its reader had gone away.
     pub fn finish(self) -> Result<(), Vec<io::Error>> {
         let _gone = self.sink.sender.send(Message::Finish);
-        let failures = self.thread.join().unwrap_or_else(|_panic| {
-            vec![io::Error::other(
-                "a reporter panicked; see the message above",
-            )]
-        });
-        if failures.is_empty() {
-            Ok(())
-        } else {
-            Err(failures)
-        }
+        let failures = self
+            .thread
+            .join()
+            .unwrap_or_else(|_panic| vec![io::Error::other("a reporter panicked; see the message above")]);
+        if failures.is_empty() { Ok(()) } else { Err(failures) }
     }
 }
 
@@ -100,10 +90,7 @@ impl EventSink {
     pub fn flush(&self, patience: Duration) -> bool {
         let (sender, receiver) = mpsc::channel();
         self.sender.send(Message::Flush(sender)).is_ok()
-            && !matches!(
-                receiver.recv_timeout(patience),
-                Err(RecvTimeoutError::Timeout)
-            )
+            && !matches!(receiver.recv_timeout(patience), Err(RecvTimeoutError::Timeout))
     }
 }
 
@@ -114,13 +101,7 @@ struct Listener {
 }
 
 fn run(reporters: Vec<Box<dyn Reporter>>, receiver: &Receiver<Message>) -> Vec<io::Error> {
-    let mut listeners: Vec<_> = reporters
-        .into_iter()
-        .map(|reporter| Listener {
-            reporter,
-            failed: false,
-        })
-        .collect();
+    let mut listeners: Vec<_> = reporters.into_iter().map(|reporter| Listener { reporter, failed: false }).collect();
     let mut failures = Vec::new();
     let mut each = |action: &mut dyn FnMut(&mut dyn Reporter) -> io::Result<()>| {
         for listener in listeners.iter_mut().filter(|listener| !listener.failed) {

@@ -591,7 +591,7 @@ mod tests {
         for place in places("hole") {
             let path = place.path("a");
             let disk = File::create(&path, 1 << 20).expect("create");
-            disk.write_at(&[7; 1 << 18], 1 << 18, WriteFlags::FUA).expect("write");
+            disk.write_at(&vec![7; 1 << 18], 1 << 18, WriteFlags::FUA).expect("write");
             disk.flush().expect("flush");
             assert_eq!(fs::read(&path).expect("read")[(1 << 18) - 1..=1 << 18], [0, 7]);
             let before = fs::metadata(&path).expect("stat").blocks();

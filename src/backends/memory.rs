@@ -319,7 +319,7 @@ mod tests {
     #[test]
     fn costs_what_is_written_and_gives_it_back() {
         let disk = Memory::new(1 << 40);
-        disk.write_at(&[0; 1 << 16], 1 << 30, WriteFlags::NONE).expect("zeroes");
+        disk.write_at(&vec![0; 1 << 16], 1 << 30, WriteFlags::NONE).expect("zeroes");
         assert_eq!(disk.allocated_bytes(), 0, "zeroes cost nothing");
         disk.write_at(&[1; 3 * PAGE], (1 << 39) + 512, WriteFlags::NONE).expect("write");
         assert_eq!(disk.allocated_bytes(), 4 * 4096);
@@ -337,7 +337,7 @@ mod tests {
 
     #[test]
     fn the_largest_device_works_or_says_enomem_and_nothing_wraps() {
-        let disk = Memory::new(u64::MAX & !511);
+        let disk = Memory::new(!511);
         let last = disk.geometry().size - 512;
         disk.write_at(&[9; 512], last, WriteFlags::NONE).expect("write");
         assert_eq!(read_back(&disk, last, 512), [9; 512]);

@@ -1,0 +1,415 @@
+//! A device's life: built, started all or nothing, closed in bounded time.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{JoinHandle, ThreadId};
+use std::time::{Duration, Instant};
+
+use crate::backend::{Backend, Geometry};
+use crate::builder::DeviceBuilder;
+use crate::ctrl::{Controller, DeviceInfo};
+use crate::error::{Error, ErrorKind, Result};
+use crate::holders::{self, Holder};
+use crate::queue::Handler;
+use crate::ring::tags;
+use crate::signals::Signals;
+use crate::stats::{QueueShared, QueueStats};
+use crate::workers::Workers;
+
+/// How long queue threads may take to end once they can.
+const JOIN_DEADLINE: Duration = Duration::from_secs(5);
+/// How often [`Device::wait_for_signal`] looks whether the device still works.
+const HEALTH_SLICE: Duration = Duration::from_millis(200);
+
+/// One queue of a running device.
+#[derive(Debug)]
+pub(crate) struct QueueHandle {
+    pub(crate) shared: Arc<QueueShared>,
+    pub(crate) tags: Arc<tags::Shared>,
+    pub(crate) thread: Option<JoinHandle<()>>,
+}
+
+/// What a device's threads share.
+#[derive(Debug, Default)]
+pub(crate) struct Health {
+    state: Mutex<HealthState>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct HealthState {
+    first_error: Option<Error>,
+    serving: usize,
+}
+
+impl Health {
+    fn lock(&self) -> MutexGuard<'_, HealthState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A queue's thread begins.
+    pub(crate) fn began(&self) {
+        self.lock().serving += 1;
+    }
+
+    /// A queue's thread ends, well or not.
+    pub(crate) fn ended(&self) {
+        self.lock().serving -= 1;
+        self.changed.notify_all();
+    }
+
+    /// Keeps the first error.
+    pub(crate) fn fail(&self, error: Error) {
+        self.lock().first_error.get_or_insert(error);
+        self.changed.notify_all();
+    }
+
+    pub(crate) fn first_error(&self) -> Option<Error> {
+        self.lock().first_error.clone()
+    }
+
+    fn wait_error(&self, timeout: Duration) -> Option<Error> {
+        let state = self.lock();
+        let wait = self.changed.wait_timeout_while(state, timeout, |state| state.first_error.is_none());
+        wait.unwrap_or_else(PoisonError::into_inner).0.first_error.clone()
+    }
+
+    fn wait_ended(&self, timeout: Duration) -> bool {
+        let state = self.lock();
+        let wait = self.changed.wait_timeout_while(state, timeout, |state| state.serving > 0);
+        wait.unwrap_or_else(PoisonError::into_inner).0.serving == 0
+    }
+}
+
+/// Bounds of a device's own waiting.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Deadlines {
+    pub(crate) start: Duration,
+    pub(crate) stop: Duration,
+    pub(crate) delete: Duration,
+}
+
+impl Default for Deadlines {
+    fn default() -> Self {
+        Self { start: Duration::from_secs(30), stop: Duration::from_secs(30), delete: Duration::from_secs(3) }
+    }
+}
+
+/// How the id of a closed device was given back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Deletion {
+    /// The device is gone and its id is free.
+    Complete,
+    /// The block device is gone, but somebody still holds it open: the id becomes free when they let go.
+    Deferred {
+        /// Who they are, as far as `/proc` shows.
+        holders: Vec<Holder>,
+    },
+}
+
+/// How a device was closed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Closed {
+    /// Whether the id is free.
+    pub deletion: Deletion,
+}
+
+impl fmt::Display for Closed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.deletion {
+            Deletion::Complete => f.write_str("closed"),
+            Deletion::Deferred { holders } if holders.is_empty() => {
+                f.write_str("stopped; its id becomes free when whoever holds it open lets go")
+            }
+            Deletion::Deferred { holders } => {
+                f.write_str("stopped; its id becomes free when these let go: ")?;
+                for (index, holder) in holders.iter().enumerate() {
+                    if index > 0 {
+                        f.write_str(", ")?;
+                    }
+                    write!(f, "{holder}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+#[derive(Debug)]
+enum Phase {
+    Open,
+    Closing,
+    Closed(Result<Closed>),
+}
+
+/// A block device that this process serves.
+///
+/// Dropping it closes it, as well as that can be done in bounded time; [`close`](Self::close) says how it went.
+#[derive(Debug)]
+pub struct Device {
+    pub(crate) controller: Arc<Controller>,
+    pub(crate) info: DeviceInfo,
+    pub(crate) geometry: Geometry,
+    pub(crate) health: Arc<Health>,
+    pub(crate) deadlines: Deadlines,
+    /// Queue threads, which must not close the device: it would wait for them.
+    pub(crate) threads: Vec<ThreadId>,
+    pub(crate) serving: Mutex<Serving>,
+    pub(crate) stats: Vec<Arc<QueueShared>>,
+    phase: Mutex<Phase>,
+    phase_changed: Condvar,
+}
+
+/// The threads of a device.
+#[derive(Debug)]
+pub(crate) struct Serving {
+    pub(crate) queues: Vec<QueueHandle>,
+    pub(crate) workers: Option<Workers>,
+}
+
+impl Serving {
+    fn abandon(&self) {
+        for queue in &self.queues {
+            queue.tags.abandon();
+        }
+    }
+
+    /// Ends the threads that can be ended by `deadline`; names the ones that cannot.
+    pub(crate) fn join(&mut self, health: &Health, deadline: Instant) -> Result<()> {
+        let left = || deadline.saturating_duration_since(Instant::now());
+        if !health.wait_ended(left()) {
+            self.abandon();
+            // One more chance for those that were only waiting: they look at the flag when they wake.
+            health.wait_ended(Duration::from_millis(500));
+        }
+        let mut stuck = Vec::new();
+        for queue in &mut self.queues {
+            let Some(thread) = queue.thread.take() else { continue };
+            let patience = Instant::now() + Duration::from_millis(500);
+            // Its last act is to say that it ended; what is left after that takes microseconds.
+            while !thread.is_finished() && health.wait_ended(Duration::ZERO) && Instant::now() < patience {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            if thread.is_finished() {
+                let _ = thread.join();
+            } else {
+                stuck.push(thread.thread().name().unwrap_or("unnamed").to_owned());
+                queue.thread = Some(thread);
+            }
+        }
+        if let Some(workers) = &mut self.workers
+            && !workers.close(Instant::now() + left().max(Duration::from_millis(500)))
+        {
+            stuck.push("a worker".to_owned());
+        }
+        if stuck.is_empty() {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::TimedOut,
+            format!("end the threads of the device: still inside the backend: {}", stuck.join(", ")),
+        ))
+    }
+}
+
+impl Device {
+    /// Begins a device that `backend` serves.
+    pub fn builder<B: Backend>(backend: B) -> DeviceBuilder<crate::builder::ServeBackend<B>> {
+        DeviceBuilder::backend(backend)
+    }
+
+    /// Begins a device whose queues are served by [`Handler`]s: the raw level. `open` makes one for each queue, on that
+    /// queue's thread.
+    pub fn builder_with_handlers<H, F>(geometry: Geometry, open: F) -> DeviceBuilder<crate::builder::ServeHandlers<F>>
+    where
+        H: Handler,
+        F: Fn(&crate::builder::QueueInfo) -> std::io::Result<H> + Send + Sync + 'static,
+    {
+        DeviceBuilder::handlers(geometry, open)
+    }
+
+    pub(crate) fn new(
+        controller: Arc<Controller>,
+        info: DeviceInfo,
+        geometry: Geometry,
+        health: Arc<Health>,
+        deadlines: Deadlines,
+        serving: Serving,
+    ) -> Self {
+        Self {
+            controller,
+            info,
+            geometry,
+            health,
+            deadlines,
+            threads: serving.queues.iter().filter_map(|queue| Some(queue.thread.as_ref()?.thread().id())).collect(),
+            stats: serving.queues.iter().map(|queue| Arc::clone(&queue.shared)).collect(),
+            serving: Mutex::new(serving),
+            phase: Mutex::new(Phase::Open),
+            phase_changed: Condvar::new(),
+        }
+    }
+
+    /// The device's id.
+    #[must_use]
+    pub fn id(&self) -> u32 {
+        self.info.id()
+    }
+
+    /// Path of the block device, `/dev/ublkbN`.
+    #[must_use]
+    pub fn path(&self) -> PathBuf {
+        self.info.block_path()
+    }
+
+    /// What the driver granted: queues, depth, largest request, features. The state in it is the one at creation.
+    #[must_use]
+    pub fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    /// The geometry it was built with.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Counters, one entry per queue.
+    #[must_use]
+    pub fn stats(&self) -> Vec<QueueStats> {
+        self.stats.iter().map(|queue| queue.snapshot()).collect()
+    }
+
+    /// The first error that a queue could not serve past, if there was one. The device then fails all I/O.
+    #[must_use]
+    pub fn first_error(&self) -> Option<Error> {
+        self.health.first_error()
+    }
+
+    /// Waits for that error, at most `timeout`.
+    #[must_use]
+    pub fn wait_error(&self, timeout: Duration) -> Option<Error> {
+        self.health.wait_error(timeout)
+    }
+
+    /// Waits for SIGINT, SIGTERM or SIGHUP and returns its name.
+    ///
+    /// # Errors
+    /// The device's first error, if it fails meanwhile; or the signals could not be caught.
+    pub fn wait_for_signal(&self) -> Result<&'static str> {
+        let signals = Signals::catch()?;
+        loop {
+            if let Some(signal) = signals.wait(HEALTH_SLICE) {
+                return Ok(signal);
+            }
+            if let Some(error) = self.first_error() {
+                return Err(error);
+            }
+        }
+    }
+
+    /// Closes the device: the kernel writes dirty pages back through the server, which is still there, waits for I/O in
+    /// flight, and removes the block device; then the threads end and the id is given back.
+    ///
+    /// It may be called several times and from several threads; each call returns how the one closing went. It is bounded
+    /// by the deadlines of the [builder](DeviceBuilder::stop_deadline). When somebody else holds the block device open, the
+    /// device is stopped all the same, and deleted when they let go: [`Deletion::Deferred`] says who they are.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when a backend call does not return: the device fails all I/O then, but a thread of it is
+    /// left. [`ErrorKind::State`] when called from a thread that serves this device.
+    pub fn close(&self) -> Result<Closed> {
+        self.close_within(self.deadlines)
+    }
+
+    fn close_within(&self, deadlines: Deadlines) -> Result<Closed> {
+        if self.threads.contains(&std::thread::current().id()) {
+            return Err(Error::new(
+                ErrorKind::State,
+                "close a device from a thread that serves it: it would wait for itself; use another thread",
+            ));
+        }
+        {
+            let mut phase = self.phase();
+            loop {
+                match &*phase {
+                    Phase::Open => break,
+                    Phase::Closed(result) => return result.clone(),
+                    Phase::Closing => {
+                        phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
+                    }
+                }
+            }
+            *phase = Phase::Closing;
+        }
+        let result = self.close_once(deadlines);
+        *self.phase() = Phase::Closed(result.clone());
+        self.phase_changed.notify_all();
+        result
+    }
+
+    /// Ends what a failed start began. The builder deletes the device afterwards.
+    pub(crate) fn undo_start(&self) {
+        *self.phase() = Phase::Closed(Err(Error::new(ErrorKind::State, "close the device: it was never started")));
+        let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        serving.abandon();
+        // What is stuck in a handler's `open` cannot be ended; the start's own error tells more.
+        let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Phase> {
+        self.phase.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn close_once(&self, deadlines: Deadlines) -> Result<Closed> {
+        let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.controller.stop(self.id(), deadlines.stop) {
+            Ok(()) => {}
+            // Somebody else deleted it: only our side is left to end.
+            Err(error) if error.kind() == ErrorKind::NotFound => serving.abandon(),
+            Err(error) => {
+                // Requests that the backend does not finish. Giving up the character device makes the kernel fail them,
+                // and then the stop succeeds.
+                self.health.fail(error);
+                serving.abandon();
+                let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+                self.controller.stop(self.id(), JOIN_DEADLINE)?;
+            }
+        }
+        serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
+        drop(serving);
+        self.delete(deadlines.delete)
+    }
+
+    fn delete(&self, deadline: Duration) -> Result<Closed> {
+        match self.controller.delete(self.id(), deadline) {
+            Ok(()) => Ok(Closed { deletion: Deletion::Complete }),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Closed { deletion: Deletion::Complete }),
+            Err(error) if error.kind() == ErrorKind::TimedOut => {
+                let holders = holders::of_device(&self.info);
+                match self.controller.delete_async(self.id()) {
+                    Ok(()) => Ok(Closed { deletion: Deletion::Deferred { holders } }),
+                    Err(error) if error.kind() == ErrorKind::NotFound => Ok(Closed { deletion: Deletion::Complete }),
+                    Err(error) => Err(error),
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let short = Duration::from_secs(5);
+        let deadlines = Deadlines {
+            stop: self.deadlines.stop.min(short),
+            delete: self.deadlines.delete.min(Duration::from_millis(500)),
+            ..self.deadlines
+        };
+        // There is nobody to tell; `close` is there for those who want to know.
+        let _ = self.close_within(deadlines);
+    }
+}

@@ -1,0 +1,116 @@
+//! One queue: fetch, dispatch, commit. The hot loop.
+//!
+//! A batch is what one `io_uring_enter` brings. Within it there is no allocation, no lock, no clock and no system
+//! call (in copy mode): a completion is read, its descriptor decoded, the handler called, and the COMMIT written into
+//! its submission slot. A panic is caught around the batch, not around each request; the request that was being
+//! served fails in its `Drop` while the stack unwinds, and the batch goes on behind it.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use crate::error::{Error, ErrorKind};
+use crate::request::{Io, Request};
+use crate::ring::tags::Tags;
+use crate::stats::QueueShared;
+
+/// A queue's request handler: the raw level of the three ways to write a ublk server.
+///
+/// One value serves one queue, on that queue's thread. Each request must be completed once, now or later, in any
+/// order; see [`Request`]. A handler that blocks stops its queue: [detach](Request::detach) the request and let
+/// another thread do the waiting.
+///
+/// A device of handlers is built by [`Device::builder_with_handlers`](crate::Device::builder_with_handlers).
+pub trait Handler: 'static {
+    /// Serves one request.
+    fn handle(&mut self, request: Request<'_>);
+
+    /// Called once per batch of requests, before the queue's completions are handed to the kernel.
+    fn batch_end(&mut self) {}
+}
+
+impl<F: FnMut(Request<'_>) + 'static> Handler for F {
+    #[inline]
+    fn handle(&mut self, request: Request<'_>) {
+        self(request);
+    }
+}
+
+/// A queue and what serves it.
+#[derive(Debug)]
+pub(crate) struct Queue<H> {
+    tags: Tags,
+    shared: Arc<QueueShared>,
+    handler: H,
+}
+
+impl<H: Handler> Queue<H> {
+    pub(crate) fn new(tags: Tags, shared: Arc<QueueShared>, handler: H) -> Self {
+        Self { tags, shared, handler }
+    }
+
+    /// Hands every tag to the driver. After this, START can succeed.
+    pub(crate) fn fetch(&mut self) -> Result<(), Error> {
+        self.tags.fetch_all();
+        self.enter(false)?;
+        // A FETCH that the driver refuses is complete by now. Nothing else can be: the device has no disk yet.
+        self.batch();
+        self.check()
+    }
+
+    /// Serves until the driver takes the tags back, or the queue is abandoned, or it fails.
+    pub(crate) fn serve(&mut self) -> Result<(), Error> {
+        loop {
+            self.enter(true)?;
+            self.batch();
+            if self.tags.failure().is_some() || self.tags.abandoned() || self.tags.stopping() {
+                self.check()?;
+                if self.tags.abandoned() || !self.tags.owns_requests() {
+                    // What was committed in this batch still has to reach the driver.
+                    return self.enter(false);
+                }
+            }
+        }
+    }
+
+    fn enter(&mut self, block: bool) -> Result<(), Error> {
+        self.tags.wait(block).map_err(|error| {
+            Error::io(&error, format_args!("enter the ring of queue {}", self.tags.queue()))
+                .with_kind(ErrorKind::Queue)
+        })
+    }
+
+    /// Serves what the last enter brought.
+    #[inline]
+    fn batch(&mut self) {
+        let mut requests = 0;
+        while let Err(payload) = catch_unwind(AssertUnwindSafe(|| {
+            while let Some((tag, descriptor)) = self.tags.next() {
+                requests += 1;
+                let io = Io::new(self.tags.queue(), tag, descriptor);
+                self.handler.handle(Request::new(&mut self.tags, &self.shared, io));
+            }
+        })) {
+            self.shared.panicked(&*payload);
+        }
+        if let Err(payload) = catch_unwind(AssertUnwindSafe(|| self.handler.batch_end())) {
+            self.shared.panicked(&*payload);
+        }
+        self.shared.count_batch(requests);
+    }
+
+    fn check(&self) -> Result<(), Error> {
+        match self.tags.failure() {
+            None => Ok(()),
+            Some((index, errno)) => {
+                let what = format!("serve tag {index} of queue {}", self.tags.queue());
+                Err(Error::kernel(errno, what).with_kind(ErrorKind::Queue))
+            }
+        }
+    }
+}
+
+/// An [`io::Error`] of setting a queue up, told as the library's.
+pub(crate) fn setup_error(queue: u16, what: &str, error: &io::Error) -> Error {
+    Error::io(error, format_args!("{what} for queue {queue}")).with_kind(ErrorKind::Queue)
+}

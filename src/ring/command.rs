@@ -1,0 +1,116 @@
+//! Control commands: one at a time on a ring with 128-byte entries, payload owned, time bounded.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::time::{Duration, Instant};
+
+use io_uring::{opcode, squeue, types};
+
+use super::{Issuer, Ring};
+use crate::sys::ublk::CtrlCmd;
+
+/// How often a waiting command looks whether it was called off.
+const SLICE: Duration = Duration::from_millis(20);
+/// How long a called-off command may take to come back before its ring and payload are given up.
+const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
+
+const COMMAND: u64 = 1;
+const CANCEL: u64 = 2;
+
+/// How a command ended.
+#[derive(Debug)]
+pub(crate) enum Outcome {
+    /// The kernel answered: its result (negative errno), and the payload as the kernel left it.
+    Answered(i32, Box<[u8]>),
+    /// The deadline passed, or the command was called off, and the kernel has let go of it since.
+    CalledOff(i32),
+    /// As above, but the kernel still holds the command: its ring and payload are leaked on purpose.
+    Stuck,
+}
+
+/// A ring for control commands.
+#[derive(Debug)]
+pub(crate) struct CommandRing {
+    ring: Ring<squeue::Entry128>,
+}
+
+impl CommandRing {
+    pub(crate) fn new() -> io::Result<Self> {
+        Ok(Self { ring: Ring::new(4, Issuer::AnyThread)? })
+    }
+
+    /// Runs one command and hands the ring back if it can be used again.
+    ///
+    /// `payload` becomes the command's `addr` and `len`, unless it is empty. `called_off` is asked every 20 ms.
+    ///
+    /// # Errors
+    /// The ring itself failed; the command may or may not have been carried out.
+    pub(crate) fn run(
+        mut self,
+        control: &File,
+        operation: u32,
+        mut command: CtrlCmd,
+        mut payload: Box<[u8]>,
+        deadline: Instant,
+        called_off: &dyn Fn() -> bool,
+    ) -> io::Result<(Outcome, Option<Self>)> {
+        if !payload.is_empty() {
+            command.addr = payload.as_mut_ptr() as u64;
+            command.len = payload.len() as u16;
+        }
+        let entry = opcode::UringCmd80::new(types::Fd(control.as_fd().as_raw_fd()), operation)
+            .cmd(command.to_bytes())
+            .build()
+            .user_data(COMMAND);
+        // SAFETY: the only memory named is `payload`, which stays where it is until the kernel has answered, or is
+        // leaked below when it does not.
+        assert!(unsafe { self.ring.push(&entry) }, "a command ring runs one command at a time");
+
+        let mut answer = None;
+        let mut pending = 1;
+        let mut cancel_until = None;
+        loop {
+            let now = Instant::now();
+            let limit = cancel_until.unwrap_or(deadline);
+            if now >= limit && cancel_until.is_some() {
+                break;
+            }
+            if cancel_until.is_none() && (now >= deadline || called_off()) {
+                let cancel = opcode::AsyncCancel::new(COMMAND).build().user_data(CANCEL);
+                // SAFETY: a cancel names no memory.
+                if unsafe { self.ring.push(&cancel.into()) } {
+                    pending += 1;
+                }
+                cancel_until = Some(now + CANCEL_PATIENCE);
+                continue;
+            }
+            let slice = limit.saturating_duration_since(now).min(SLICE).max(Duration::from_micros(1));
+            if let Err(error) = self.ring.enter_timeout(1, slice) {
+                // Whether the kernel holds the payload is unknown now.
+                std::mem::forget((self, payload));
+                return Err(error);
+            }
+            while let Some(cqe) = self.ring.next() {
+                pending -= 1;
+                if cqe.user_data() == COMMAND {
+                    answer = Some(cqe.result());
+                }
+            }
+            if pending == 0 {
+                break;
+            }
+        }
+        match (answer, cancel_until) {
+            (Some(result), None) => Ok((Outcome::Answered(result, payload), Some(self))),
+            (Some(result), Some(_)) => {
+                // A cancel that is still under way would answer the next command's wait.
+                Ok((Outcome::CalledOff(result), (pending == 0).then_some(self)))
+            }
+            (None, _) => {
+                std::mem::forget((self, payload));
+                Ok((Outcome::Stuck, None))
+            }
+        }
+    }
+}

@@ -1,0 +1,1 @@
+//! Reads and writes of a client on a block device or file.

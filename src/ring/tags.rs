@@ -1,0 +1,448 @@
+//! The tags of one ublk queue: their buffers, who owns each, and the commands that pass them to and fro.
+//!
+//! A tag belongs to the driver from FETCH or COMMIT until its completion arrives, and to the server from then until the
+//! next COMMIT. While it is the server's, exactly one token stands for it: a [`Request`](crate::Request), or the
+//! [`Loan`] inside a detached one. That is what makes the buffers sound to hand out, and it is checked here.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+
+use io_uring::{cqueue, opcode, types};
+use nix::errno::Errno;
+use nix::poll::PollFlags;
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
+use super::{Issuer, Ring};
+use crate::sys::map::Map;
+use crate::sys::ublk::{self, IoCmd, IoDesc};
+
+/// Completion tag of the wake-up poll; above every ublk tag.
+const WAKE: u64 = 1 << 32;
+
+/// Who holds a tag.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+enum Owner {
+    /// The driver: fetched, or not yet fetched.
+    Driver,
+    /// This thread, as a `Request`.
+    Server,
+    /// Somebody with a [`Loan`].
+    Lent,
+    /// Nobody: the driver ended the command for good.
+    Gone,
+}
+
+/// What a queue shares with whoever holds its loans or wants to wake it.
+#[derive(Debug)]
+pub(crate) struct Shared {
+    buffers: Map,
+    stride: usize,
+    /// One bit per tag that was given back and waits to be committed.
+    returned: Box<[AtomicU64]>,
+    results: Box<[AtomicI32]>,
+    /// The queue thread is about to sleep: a wake-up is needed.
+    asleep: AtomicBool,
+    /// The queue is to end now, whatever it owns.
+    abandoned: AtomicBool,
+    wake: EventFd,
+}
+
+impl Shared {
+    /// Buffers and wake-up for a queue of `depth` tags of `stride` bytes each.
+    pub(crate) fn new(depth: u16, stride: usize) -> io::Result<Self> {
+        let stride = stride.next_multiple_of(crate::sys::map::page_size());
+        Ok(Self {
+            buffers: Map::anonymous(stride * usize::from(depth))?,
+            stride,
+            returned: (0..usize::from(depth).div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            results: (0..depth).map(|_| AtomicI32::new(0)).collect(),
+            asleep: AtomicBool::new(false),
+            abandoned: AtomicBool::new(false),
+            wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+        })
+    }
+
+    /// Keeps the buffers in memory.
+    pub(crate) fn lock_buffers(&self) -> io::Result<()> {
+        self.buffers.lock()
+    }
+
+    /// Ends the queue's loop as soon as its thread is not inside a backend.
+    pub(crate) fn abandon(&self) {
+        self.abandoned.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
+    fn wake(&self) {
+        // The counter is non-blocking and near its limit only if the thread never read it, in which case it is
+        // readable and the thread wakes all the same.
+        let _ = self.wake.write(1);
+    }
+
+    fn buffer_address(&self, tag: u16) -> *mut u8 {
+        debug_assert!(self.stride * (usize::from(tag) + 1) <= self.buffers.len());
+        self.buffers.start().as_ptr().wrapping_add(self.stride * usize::from(tag))
+    }
+}
+
+/// Exclusive right to one tag's buffer, away from the queue's thread. Given back by [`Loan::settle`].
+#[derive(Debug)]
+pub(crate) struct Loan {
+    shared: Arc<Shared>,
+    tag: u16,
+}
+
+impl Loan {
+    /// The first `len` bytes of the tag's buffer.
+    pub(crate) fn buffer(&self, len: usize) -> &[u8] {
+        assert!(len <= self.shared.stride, "longer than a tag's buffer");
+        // SAFETY: in bounds by the assertion, mapped as long as `shared` lives, initialised (anonymous memory is
+        // zeroed), and nobody else's until the loan is settled: `Tags::lend` makes one loan per tag at a time.
+        unsafe { std::slice::from_raw_parts(self.shared.buffer_address(self.tag), len) }
+    }
+
+    /// As [`buffer`](Self::buffer), to be written.
+    pub(crate) fn buffer_mut(&mut self, len: usize) -> &mut [u8] {
+        assert!(len <= self.shared.stride, "longer than a tag's buffer");
+        // SAFETY: as above, and `&mut self` keeps two borrows apart.
+        unsafe { std::slice::from_raw_parts_mut(self.shared.buffer_address(self.tag), len) }
+    }
+
+    /// Ends the loan: the queue's thread will commit `result`.
+    pub(crate) fn settle(self, result: i32) {
+        let Self { shared, tag } = self;
+        shared.results[usize::from(tag)].store(result, Ordering::Relaxed);
+        // Release: what was done to the buffer and the result come before the bit. SeqCst beside that, so that either
+        // this thread sees the queue asleep or the queue sees the bit (see `Tags::wait`).
+        shared.returned[usize::from(tag) / 64].fetch_or(1 << (tag % 64), Ordering::SeqCst);
+        if shared.asleep.load(Ordering::SeqCst) && shared.asleep.swap(false, Ordering::SeqCst) {
+            shared.wake();
+        }
+    }
+}
+
+/// How data moves between a request and the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Copying {
+    /// The driver copies to and from the tag's buffer.
+    Driver,
+    /// The server reads and writes the character device; the tag's buffer is its scratch space.
+    User,
+}
+
+/// The tags of one queue, on a ring of their own.
+#[derive(Debug)]
+pub(crate) struct Tags {
+    ring: Ring,
+    queue: u16,
+    depth: u16,
+    copying: Copying,
+    descriptors: Map,
+    owners: Box<[Owner]>,
+    shared: Arc<Shared>,
+    character_device: Arc<File>,
+    /// Loans that are out.
+    lent: u32,
+    /// Completions with ABORT: the device is stopping.
+    aborted: u32,
+    /// The first completion that this code cannot serve past.
+    failure: Option<(u64, i32)>,
+}
+
+impl Tags {
+    /// The tags of queue `queue`, on a ring that belongs to the calling thread.
+    pub(crate) fn new(
+        queue: u16,
+        depth: u16,
+        copying: Copying,
+        character_device: Arc<File>,
+        descriptors: Map,
+        shared: Arc<Shared>,
+    ) -> io::Result<Self> {
+        assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
+        assert!(shared.results.len() == usize::from(depth), "a buffer for every tag");
+        // One command per tag, the wake-up poll, and its removal.
+        let ring = Ring::new(u32::from(depth) + 2, Issuer::ThisThread)?;
+        ring.register_files(&[character_device.as_fd()])?;
+        Ok(Self {
+            ring,
+            queue,
+            depth,
+            copying,
+            descriptors,
+            owners: vec![Owner::Driver; usize::from(depth)].into(),
+            shared,
+            character_device,
+            lent: 0,
+            aborted: 0,
+            failure: None,
+        })
+    }
+
+    /// Queues a FETCH for every tag, and the wake-up poll.
+    pub(crate) fn fetch_all(&mut self) {
+        for tag in 0..self.depth {
+            self.push(ublk::IO_FETCH_REQ, tag, 0);
+        }
+        self.arm_wake();
+    }
+
+    #[inline]
+    fn push(&mut self, operation: u32, tag: u16, result: i32) {
+        let addr = match self.copying {
+            Copying::Driver => self.shared.buffer_address(tag) as u64,
+            Copying::User => 0,
+        };
+        let command = IoCmd { q_id: self.queue, tag, result, addr };
+        let entry = opcode::UringCmd16::new(types::Fixed(0), operation)
+            .cmd(command.to_bytes())
+            .build()
+            .user_data(u64::from(tag));
+        // SAFETY: the buffer named is the tag's own. The driver writes it only while it owns the tag, in which time this
+        // module hands out no reference to it; the mapping outlives the ring, which `self` drops first, and the
+        // driver fills buffers only in the context of the thread that owns the ring.
+        let pushed = unsafe { self.ring.push(&entry) };
+        assert!(pushed, "the ring has an entry for every tag");
+    }
+
+    fn arm_wake(&mut self) {
+        let poll =
+            opcode::PollAdd::new(types::Fd(self.shared.wake.as_fd().as_raw_fd()), PollFlags::POLLIN.bits() as u32)
+                .build()
+                .user_data(WAKE);
+        // SAFETY: a poll names no memory.
+        let pushed = unsafe { self.ring.push(&poll) };
+        assert!(pushed, "the ring has an entry for the wake-up poll");
+    }
+
+    /// Submits what is queued and, if `block`, waits for at least one completion or a settled loan.
+    #[inline]
+    pub(crate) fn wait(&mut self, block: bool) -> io::Result<()> {
+        if self.lent == 0 {
+            return self.ring.enter(u32::from(block));
+        }
+        self.wait_with_loans(block)
+    }
+
+    fn wait_with_loans(&mut self, block: bool) -> io::Result<()> {
+        // Announce the sleep, then look once more: a loan settled before the announcement is found here, one settled
+        // after it wakes us through the eventfd.
+        self.shared.asleep.store(true, Ordering::SeqCst);
+        let found = self.collect();
+        let result = self.ring.enter(u32::from(block && !found));
+        self.shared.asleep.store(false, Ordering::SeqCst);
+        self.collect();
+        result
+    }
+
+    /// Commits loans that were settled. Returns whether there were any.
+    fn collect(&mut self) -> bool {
+        let mut found = false;
+        for word in 0..self.shared.returned.len() {
+            if self.shared.returned[word].load(Ordering::SeqCst) == 0 {
+                continue;
+            }
+            let mut bits = self.shared.returned[word].swap(0, Ordering::SeqCst);
+            while bits != 0 {
+                let tag = (word * 64 + bits.trailing_zeros() as usize) as u16;
+                bits &= bits - 1;
+                assert!(self.owners[usize::from(tag)] == Owner::Lent, "a settled loan was lent");
+                let result = self.shared.results[usize::from(tag)].load(Ordering::Relaxed);
+                self.owners[usize::from(tag)] = Owner::Driver;
+                self.lent -= 1;
+                self.push(ublk::IO_COMMIT_AND_FETCH_REQ, tag, result);
+                found = true;
+            }
+        }
+        found
+    }
+
+    /// The next request of this batch: its tag, which is the server's from now on, and its descriptor.
+    #[inline]
+    pub(crate) fn next(&mut self) -> Option<(u16, IoDesc)> {
+        while let Some(cqe) = self.ring.next() {
+            let index = cqe.user_data();
+            if index < u64::from(self.depth) && cqe.result() == ublk::IO_RES_OK {
+                let tag = index as u16;
+                self.owners[usize::from(tag)] = Owner::Server;
+                return Some((tag, self.descriptor(tag)));
+            }
+            self.other(&cqe);
+        }
+        None
+    }
+
+    #[inline]
+    fn descriptor(&self, tag: u16) -> IoDesc {
+        let at = self.descriptors.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag));
+        // SAFETY: in bounds (asserted in `new`), aligned (page start plus a multiple of 24, alignment 8), and every bit
+        // pattern is a valid `IoDesc`. The driver writes a tag's descriptor only while it owns the tag; volatile,
+        // because it is another writer than the compiler can see.
+        unsafe { at.read_volatile() }
+    }
+
+    /// Every completion that is not a request.
+    #[cold]
+    fn other(&mut self, cqe: &cqueue::Entry) {
+        let index = cqe.user_data();
+        if index == WAKE && cqe.result() >= 0 {
+            let _ = self.shared.wake.read();
+            self.arm_wake();
+            return;
+        }
+        if let Some(owner) = self.owners.get_mut(index as usize) {
+            *owner = Owner::Gone;
+        }
+        if cqe.result() == ublk::IO_RES_ABORT {
+            self.aborted += 1;
+        } else {
+            self.failure.get_or_insert((index, cqe.result()));
+        }
+    }
+
+    /// The buffer of a tag that is the server's.
+    #[inline]
+    pub(crate) fn buffer_mut(&mut self, tag: u16, len: usize) -> &mut [u8] {
+        assert!(
+            self.owners[usize::from(tag)] == Owner::Server && len <= self.shared.stride,
+            "the server's own buffer"
+        );
+        // SAFETY: in bounds by the assertion, mapped while `shared` lives, initialised (anonymous memory is zeroed), and
+        // the server's: the driver does not touch it and no loan of it exists. `&mut self` keeps borrows apart.
+        unsafe { std::slice::from_raw_parts_mut(self.shared.buffer_address(tag), len) }
+    }
+
+    /// Completes a tag's request and hands the tag back to the driver, at the next [`wait`](Self::wait).
+    #[inline]
+    pub(crate) fn commit(&mut self, tag: u16, result: i32) {
+        let owner = &mut self.owners[usize::from(tag)];
+        assert!(*owner == Owner::Server, "only what is the server's can be committed");
+        *owner = Owner::Driver;
+        self.push(ublk::IO_COMMIT_AND_FETCH_REQ, tag, result);
+    }
+
+    /// Lets a tag's buffer leave this thread.
+    pub(crate) fn lend(&mut self, tag: u16) -> Loan {
+        let owner = &mut self.owners[usize::from(tag)];
+        assert!(*owner == Owner::Server, "only what is the server's can be lent");
+        *owner = Owner::Lent;
+        self.lent += 1;
+        Loan { shared: Arc::clone(&self.shared), tag }
+    }
+
+    /// This queue's number.
+    #[inline]
+    pub(crate) fn queue(&self) -> u16 {
+        self.queue
+    }
+
+    /// How data moves.
+    #[inline]
+    pub(crate) fn copying(&self) -> Copying {
+        self.copying
+    }
+
+    /// The character device, for user copy.
+    pub(crate) fn character_device(&self) -> &Arc<File> {
+        &self.character_device
+    }
+
+    /// Whether the driver has begun to take its tags back.
+    #[inline]
+    pub(crate) fn stopping(&self) -> bool {
+        self.aborted > 0
+    }
+
+    /// Whether some request is still the server's.
+    pub(crate) fn owns_requests(&self) -> bool {
+        self.owners.iter().any(|owner| matches!(owner, Owner::Server | Owner::Lent))
+    }
+
+    /// Whether the queue was told to end whatever it owns.
+    #[inline]
+    pub(crate) fn abandoned(&self) -> bool {
+        self.shared.abandoned.load(Ordering::Relaxed)
+    }
+
+    /// The first completion that cannot be served past: a tag's or the wake-up's, and its errno.
+    #[inline]
+    pub(crate) fn failure(&self) -> Option<(u64, Errno)> {
+        self.failure.map(|(index, result)| (index, Errno::from_raw(-result)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::OpenOptions;
+
+    /// `/dev/null` completes every command with 0, which is `UBLK_IO_RES_OK`: with it as the character device and plain
+    /// memory as descriptors, a queue runs on any kernel.
+    fn tags_on_dev_null(depth: u16) -> Option<Tags> {
+        let null = OpenOptions::new().read(true).write(true).open("/dev/null").expect("open /dev/null");
+        let shared = Arc::new(Shared::new(depth, 4096).expect("buffers"));
+        let descriptors = Map::anonymous(ublk::queue_map_len(depth, 4096)).expect("descriptors");
+        Tags::new(0, depth, Copying::Driver, Arc::new(null), descriptors, shared).ok()
+    }
+
+    #[test]
+    fn every_tag_comes_round_and_a_settled_loan_wakes_the_queue() {
+        let mut tags = tags_on_dev_null(8).expect("ring");
+        tags.fetch_all();
+        let mut seen = [0u32; 8];
+        for _ in 0..100 {
+            tags.wait(true).expect("enter");
+            while let Some((tag, descriptor)) = tags.next() {
+                assert_eq!(descriptor.nr_sectors, 0);
+                seen[usize::from(tag)] += 1;
+                if seen[usize::from(tag)] % 2 == 0 {
+                    tags.commit(tag, 0);
+                } else {
+                    let mut loan = tags.lend(tag);
+                    std::thread::spawn(move || {
+                        loan.buffer_mut(4096).fill(tag as u8);
+                        loan.settle(0);
+                    });
+                }
+            }
+            assert_eq!(tags.failure(), None);
+        }
+        assert!(seen.iter().all(|&count| count > 2), "{seen:?}");
+        while tags.lent > 0 {
+            tags.wait(true).expect("enter");
+            while let Some((tag, _)) = tags.next() {
+                tags.commit(tag, 0);
+            }
+        }
+    }
+
+    #[test]
+    fn an_abandoned_queue_wakes() {
+        let mut tags = tags_on_dev_null(2).expect("ring");
+        tags.arm_wake();
+        let shared = Arc::clone(&tags.shared);
+        let other = std::thread::spawn(move || {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            shared.abandon();
+        });
+        tags.wait(true).expect("enter");
+        assert!(tags.next().is_none());
+        assert!(tags.abandoned());
+        other.join().expect("join");
+    }
+
+    #[test]
+    #[should_panic(expected = "only what is the server's")]
+    fn a_tag_cannot_be_committed_twice() {
+        let mut tags = tags_on_dev_null(1).expect("ring");
+        tags.fetch_all();
+        tags.wait(true).expect("enter");
+        let (tag, _) = tags.next().expect("a request");
+        tags.commit(tag, 0);
+        tags.commit(tag, 0);
+    }
+}

@@ -1,0 +1,86 @@
+//! Owned memory mappings: descriptor arrays of a character device, and page-aligned buffers.
+
+use std::io;
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::ptr::NonNull;
+
+use nix::sys::mman::{MapFlags, ProtFlags, mlock, mmap, mmap_anonymous, munmap};
+use nix::unistd::{SysconfVar, sysconf};
+
+/// The size of a page in bytes.
+pub(crate) fn page_size() -> usize {
+    sysconf(SysconfVar::PAGE_SIZE).ok().flatten().and_then(|size| usize::try_from(size).ok()).unwrap_or(4096)
+}
+
+/// A mapping that is unmapped when dropped. It gives out addresses, not references: who may touch which part of
+/// it, and when, is the owner's to know.
+#[derive(Debug)]
+pub(crate) struct Map {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: a mapping belongs to the process, not to a thread, and `Map` itself never reads or writes it.
+unsafe impl Send for Map {}
+// SAFETY: as above; every method takes `&self` and only computes addresses or calls the kernel.
+unsafe impl Sync for Map {}
+
+impl Map {
+    /// `len` bytes of zeroed, page-aligned memory. Pages are not touched: they cost nothing until they are used.
+    pub(crate) fn anonymous(len: usize) -> io::Result<Self> {
+        let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: a new anonymous mapping at an address of the kernel's choice cannot alias anything.
+        let start = unsafe {
+            mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)?
+        };
+        Ok(Self { start: start.cast(), len: len.get() })
+    }
+
+    /// `len` bytes of `file` from `offset`, read-only and shared with whoever writes them.
+    pub(crate) fn shared_read_only(file: impl AsFd, offset: usize, len: usize) -> io::Result<Self> {
+        let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
+        // SAFETY: a new mapping at an address of the kernel's choice; it is only read, through raw pointers.
+        let start = unsafe { mmap(None, len, ProtFlags::PROT_READ, flags, file, offset as i64)? };
+        Ok(Self { start: start.cast(), len: len.get() })
+    }
+
+    /// Keeps the mapping in memory (`mlock`); needs `CAP_IPC_LOCK` or a large enough `RLIMIT_MEMLOCK`.
+    pub(crate) fn lock(&self) -> io::Result<()> {
+        // SAFETY: the range is ours and mapped.
+        unsafe { mlock(self.start.cast(), self.len)? };
+        Ok(())
+    }
+
+    /// The address of the first byte.
+    pub(crate) fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    /// The length in bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Drop for Map {
+    fn drop(&mut self) {
+        // SAFETY: the range was mapped by us and whoever used it has borrowed or outlived this value.
+        // An error would mean the range is not mapped, which leaves nothing to do.
+        let _ = unsafe { munmap(self.start.cast(), self.len) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn anonymous_memory_is_aligned_and_zero_length_is_refused() {
+        let map = Map::anonymous(10_000).expect("map");
+        assert_eq!(map.start().as_ptr() as usize % page_size(), 0);
+        assert_eq!(map.len(), 10_000);
+        assert!(Map::anonymous(0).is_err());
+    }
+}

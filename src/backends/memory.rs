@@ -413,7 +413,7 @@ mod tests {
         let torn = std::thread::scope(|scope| {
             scope.spawn(|| {
                 for value in (0..=255_u8).cycle() {
-                    disk.write_at(&[value; CHUNK as usize], CHUNK, WriteFlags::NONE).expect("write");
+                    disk.write_at(&vec![value; CHUNK as usize], CHUNK, WriteFlags::NONE).expect("write");
                     if done.load(Ordering::Relaxed) {
                         break;
                     }

@@ -1,6 +1,8 @@
 //! Serve Linux block devices from user space through ublk.
 
 pub mod backend;
+pub mod backends;
+pub mod blkdev;
 mod builder;
 pub mod ctrl;
 mod device;
@@ -8,6 +10,7 @@ mod device;
 pub mod driverless;
 mod error;
 pub mod holders;
+pub mod orphan;
 mod params;
 mod queue;
 mod request;

@@ -1,0 +1,11 @@
+//! Reporters: what makes events visible.
+
+mod collect;
+mod jsonl;
+mod sink;
+mod terminal;
+
+pub use collect::{Collected, Collector};
+pub use jsonl::JsonLines;
+pub use sink::{EventLoop, EventSink, Reporter};
+pub use terminal::Terminal;

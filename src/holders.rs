@@ -1,15 +1,644 @@
-//! Who holds a device node open.
+//! Who holds a device node open: the answer to "why does this device not go away?".
+//!
+//! Nodes are compared by device number and not by path, so that holders in other mount namespaces, in containers, and
+//! of a node that has been removed are found too.
+//!
+//! ```no_run
+//! let holders = ublkit::holders::of("/dev/ublkb0")?;
+//! println!("{holders}"); // pid 123 (fio) fd 7, mounted on /mnt
+//! # Ok::<(), std::io::Error>(())
+//! ```
 
-use crate::ctrl::DeviceInfo;
+use std::collections::{HashMap, HashSet};
+use std::fmt;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
 
-/// Someone who holds a device.
+use nix::sys::stat::SFlag;
+
+use crate::sys::file::stat_path;
+
+/// How long a search may take: reading another process's maps can block for as long as that process does.
+const TIME_LIMIT: Duration = Duration::from_secs(5);
+/// The most holders that are collected.
+const HOLDERS_MAX: usize = 1000;
+/// What the link of the initial pid namespace says (`PID_NS_INIT_INO` in `include/uapi/linux/nsfs.h`).
+const INITIAL_PID_NAMESPACE: &str = "pid:[4026531836]";
+
+/// In what way a device is held.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Holder {}
-impl std::fmt::Display for Holder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("?")
+#[non_exhaustive]
+pub enum How {
+    /// An open file descriptor, with its number.
+    Fd(i32),
+    /// A memory map, which holds the device after its descriptor is closed.
+    Map,
+    /// A file system that is mounted at this path.
+    Mount(PathBuf),
+    /// Swap space.
+    Swap,
+    /// Another block device on top of it: device mapper, md, loop, …
+    Device(String),
+}
+
+/// One holder of a device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// The process, if it is one; for a mount in another mount namespace, a process that sees it.
+    pub pid: Option<i32>,
+    /// The process's name, as the kernel keeps it: at most 15 bytes.
+    pub comm: String,
+    /// In what way it holds the device.
+    pub how: How,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match (&self.how, self.pid) {
+            (How::Mount(path), None) => return write!(f, "mounted on {}", path.display()),
+            (How::Mount(path), Some(pid)) => {
+                return write!(f, "mounted on {} where pid {pid} ({}) lives", path.display(), self.comm);
+            }
+            (_, Some(pid)) => write!(f, "pid {pid} ({}) ", self.comm)?,
+            (_, None) => {}
+        }
+        match &self.how {
+            How::Fd(fd) => write!(f, "fd {fd}"),
+            How::Map => f.write_str("memory map"),
+            How::Swap => f.write_str("swap"),
+            How::Device(name) => write!(f, "device {name}"),
+            How::Mount(_) => Ok(()),
+        }
     }
 }
-pub(crate) fn of_device(_: &DeviceInfo) -> Vec<Holder> {
-    Vec::new()
+
+/// What a search found.
+#[derive(Clone, Debug, Default)]
+#[non_exhaustive]
+pub struct Holders {
+    /// The holders, at most 1000.
+    pub found: Vec<Holder>,
+    /// Why there may be more than were found: processes that may not be looked into or cannot be seen from here, or
+    /// a search that took too long. `None` if everything was seen.
+    pub incomplete: Option<String>,
+}
+
+impl fmt::Display for Holders {
+    /// All holders in one line.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.found.is_empty() {
+            f.write_str("nobody")?;
+        }
+        for (index, holder) in self.found.iter().enumerate() {
+            write!(f, "{}{holder}", if index > 0 { ", " } else { "" })?;
+        }
+        match &self.incomplete {
+            Some(why) => write!(f, " (there may be more: {why})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A device by its kind and number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Node {
+    kind: SFlag,
+    number: (u32, u32),
+}
+
+impl Node {
+    /// The block device with this number; its partitions are searched for as well.
+    #[must_use]
+    pub const fn block(major: u32, minor: u32) -> Self {
+        Self { kind: SFlag::S_IFBLK, number: (major, minor) }
+    }
+
+    /// The character device with this number.
+    #[must_use]
+    pub const fn character(major: u32, minor: u32) -> Self {
+        Self { kind: SFlag::S_IFCHR, number: (major, minor) }
+    }
+
+    /// The device that the node at `path` stands for.
+    ///
+    /// # Errors
+    /// `InvalidInput` if it is neither a block nor a character device, and those of `statx(2)`.
+    pub fn at(path: impl AsRef<Path>) -> io::Result<Self> {
+        let path = path.as_ref();
+        let stat = stat_path(path)?;
+        let kind = SFlag::from_bits_truncate(stat.mode) & SFlag::S_IFMT;
+        if kind != SFlag::S_IFBLK && kind != SFlag::S_IFCHR {
+            return Err(io::Error::new(ErrorKind::InvalidInput, format!("{} is no device node", path.display())));
+        }
+        Ok(Self { kind, number: stat.rdev })
+    }
+
+    /// Searches for everybody who holds this device. Takes milliseconds, and at most 5 seconds.
+    #[must_use]
+    pub fn holders(self) -> Holders {
+        self.holders_in(&Roots::default(), TIME_LIMIT)
+    }
+
+    pub(crate) fn holders_in(self, roots: &Roots, time_limit: Duration) -> Holders {
+        let deadline = Instant::now() + time_limit;
+        let (sender, receiver) = mpsc::channel();
+        let search = Search { roots: roots.clone(), nodes: HashSet::new(), sender, denied: 0 };
+        // On a thread of its own, which is left behind if the kernel makes it wait: the caller may be closing a device, and
+        // what it waits for may be just that.
+        let spawned = std::thread::Builder::new().name("ublkit-holders".into()).spawn(move || search.run(self));
+        let mut holders = Holders::default();
+        if let Err(error) = spawned {
+            holders.incomplete = Some(format!("no thread to search with: {error}"));
+            return holders;
+        }
+        loop {
+            match receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(News::Holder(_)) if holders.found.len() >= HOLDERS_MAX => {
+                    holders.incomplete = Some(format!("the first {HOLDERS_MAX} are listed"));
+                    return holders;
+                }
+                Ok(News::Holder(holder)) => holders.found.push(holder),
+                Ok(News::Incomplete(why)) => holders.incomplete = Some(why),
+                Ok(News::Done) => return holders,
+                Err(RecvTimeoutError::Timeout) => {
+                    holders.incomplete = Some(format!("the search was given up after {time_limit:?}"));
+                    return holders;
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    holders.incomplete = Some("the search ended early".into());
+                    return holders;
+                }
+            }
+        }
+    }
+}
+
+/// Everybody who holds the device whose node is at `path`.
+///
+/// # Errors
+/// As [`Node::at`]. That something cannot be looked into is no error: see [`Holders::incomplete`].
+pub fn of(path: impl AsRef<Path>) -> io::Result<Holders> {
+    Ok(Node::at(path)?.holders())
+}
+
+/// Where the kernel's file systems are mounted.
+#[derive(Clone, Debug)]
+pub(crate) struct Roots {
+    pub(crate) proc: PathBuf,
+    pub(crate) sys: PathBuf,
+}
+
+impl Default for Roots {
+    fn default() -> Self {
+        Self { proc: "/proc".into(), sys: "/sys".into() }
+    }
+}
+
+enum News {
+    Holder(Holder),
+    Incomplete(String),
+    Done,
+}
+
+struct Search {
+    roots: Roots,
+    /// The device and its partitions.
+    nodes: HashSet<Node>,
+    sender: Sender<News>,
+    /// How many things of processes could not be looked into.
+    denied: u32,
+}
+
+impl Search {
+    /// What can block for a process that hangs comes last.
+    fn run(mut self, node: Node) {
+        self.nodes.insert(node);
+        self.add_partitions(node);
+        let mut processes = self.processes();
+        processes.sort_unstable();
+        for &pid in &processes {
+            self.descriptors(pid);
+        }
+        if node.kind == SFlag::S_IFBLK {
+            self.mounts(&processes);
+            self.swap();
+            self.devices_on_top();
+        }
+        self.maps(&processes);
+        if let Some(why) = self.blind_spot() {
+            self.tell(News::Incomplete(why));
+        }
+        self.tell(News::Done);
+    }
+
+    /// Nobody listens any more when the search has taken too long.
+    fn tell(&self, news: News) {
+        let _ = self.sender.send(news);
+    }
+
+    fn found(&self, pid: Option<i32>, how: How) {
+        let comm = pid.and_then(|pid| fs::read_to_string(self.process(pid).join("comm")).ok());
+        let comm = comm.map_or_else(String::new, |comm| comm.trim_end().to_owned());
+        self.tell(News::Holder(Holder { pid, comm, how }));
+    }
+
+    fn process(&self, pid: i32) -> PathBuf {
+        self.roots.proc.join(pid.to_string())
+    }
+
+    fn is_wanted(&self, path: &Path) -> io::Result<bool> {
+        let stat = stat_path(path)?;
+        let kind = SFlag::from_bits_truncate(stat.mode) & SFlag::S_IFMT;
+        Ok(self.nodes.contains(&Node { kind, number: stat.rdev }))
+    }
+
+    /// Notes what may not be looked into. What is gone was a process that ended meanwhile, and holds nothing.
+    fn note<T>(&mut self, result: io::Result<T>) -> Option<T> {
+        result.map_err(|error| self.denied += u32::from(error.kind() == ErrorKind::PermissionDenied)).ok()
+    }
+
+    /// Why not every process can be seen, if that is so.
+    fn blind_spot(&self) -> Option<String> {
+        if self.denied > 0 {
+            return Some(format!(
+                "no permission for {} look-ups in other processes; root sees them all",
+                self.denied
+            ));
+        }
+        match fs::read_link(self.roots.proc.join("self/ns/pid")) {
+            Ok(link) if link.as_os_str() != INITIAL_PID_NAMESPACE => {
+                return Some("processes outside this pid namespace cannot be seen".into());
+            }
+            Ok(_) => {}
+            Err(error) => return Some(format!("{} cannot be read: {error}", self.roots.proc.display())),
+        }
+        // Mounted with hidepid, /proc leaves out the processes of others.
+        (!self.process(1).exists()).then(|| format!("{} does not show all processes", self.roots.proc.display()))
+    }
+
+    fn add_partitions(&mut self, node: Node) {
+        if node.kind != SFlag::S_IFBLK {
+            return;
+        }
+        for entry in entries(&self.sysfs(node)) {
+            if entry.join("partition").exists()
+                && let Some(number) = fs::read_to_string(entry.join("dev")).ok().as_deref().and_then(parse_number)
+            {
+                self.nodes.insert(Node { number, ..node });
+            }
+        }
+    }
+
+    fn sysfs(&self, node: Node) -> PathBuf {
+        self.roots.sys.join(format!("dev/block/{}:{}", node.number.0, node.number.1))
+    }
+
+    fn processes(&mut self) -> Vec<i32> {
+        match fs::read_dir(&self.roots.proc) {
+            Ok(entries) => entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect(),
+            Err(_) => Vec::new(),
+        }
+    }
+
+    fn descriptors(&mut self, pid: i32) {
+        let Some(entries) = self.note(fs::read_dir(self.process(pid).join("fd"))) else { return };
+        for entry in entries.flatten() {
+            let Some(fd) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+            if self.note(self.is_wanted(&entry.path())) == Some(true) {
+                self.found(Some(pid), How::Fd(fd));
+            }
+        }
+    }
+
+    /// Once for each mount namespace that some process lives in, this process's first.
+    fn mounts(&mut self, processes: &[i32]) {
+        let mut seen = HashSet::new();
+        let of_self = self.roots.proc.join("self");
+        if let Ok(namespace) = fs::read_link(of_self.join("ns/mnt")) {
+            seen.insert(namespace);
+        }
+        self.mounts_of(&of_self, None);
+        for &pid in processes {
+            let process = self.process(pid);
+            if let Some(namespace) = self.note(fs::read_link(process.join("ns/mnt")))
+                && seen.insert(namespace)
+            {
+                self.mounts_of(&process, Some(pid));
+            }
+        }
+    }
+
+    fn mounts_of(&mut self, process: &Path, pid: Option<i32>) {
+        let Some(text) = self.note(fs::read_to_string(process.join("mountinfo"))) else { return };
+        for line in text.lines() {
+            // 36 35 98:0 /root-of-the-mount /mnt rw,noatime master:1 - ext4 /dev/sda1 rw
+            let Some((left, right)) = line.split_once(" - ") else { continue };
+            let left: Vec<&str> = left.split(' ').collect();
+            let (Some(number), Some(at)) = (left.get(2).copied().and_then(parse_number), left.get(4)) else {
+                continue;
+            };
+            // A file system over several devices (btrfs) has a number of its own and names one of them as its source.
+            let source = unescape(right.split(' ').nth(1).unwrap_or_default());
+            let by_source = || {
+                source.strip_prefix("/dev/").is_some_and(|name| {
+                    self.is_wanted(&process.join("root/dev").join(name)).unwrap_or(false)
+                        || self.is_wanted(Path::new(&source)).unwrap_or(false)
+                })
+            };
+            if self.nodes.contains(&Node { kind: SFlag::S_IFBLK, number }) || by_source() {
+                self.found(pid, How::Mount(unescape(at).into()));
+            }
+        }
+    }
+
+    fn swap(&self) {
+        let text = fs::read_to_string(self.roots.proc.join("swaps")).unwrap_or_default();
+        for line in text.lines().skip(1) {
+            let path = unescape(line.split_whitespace().next().unwrap_or_default());
+            if self.is_wanted(Path::new(&path)).unwrap_or(false) {
+                self.found(None, How::Swap);
+            }
+        }
+    }
+
+    fn devices_on_top(&self) {
+        for &node in &self.nodes {
+            for holder in entries(&self.sysfs(node).join("holders")) {
+                self.found(None, How::Device(name_of(&holder)));
+            }
+        }
+        // Loop devices hold a file, which the driver core knows nothing of.
+        for device in entries(&self.roots.sys.join("block")) {
+            let Ok(backing) = fs::read_to_string(device.join("loop/backing_file")) else { continue };
+            if self.is_wanted(Path::new(backing.trim_end_matches('\n'))).unwrap_or(false) {
+                self.found(None, How::Device(name_of(&device)));
+            }
+        }
+    }
+
+    fn maps(&mut self, processes: &[i32]) {
+        // Most processes map the same few files: each is looked at once.
+        let mut known: HashMap<String, bool> = HashMap::new();
+        for &pid in processes {
+            let process = self.process(pid);
+            let Some(text) = self.note(fs::read_to_string(process.join("maps"))) else { continue };
+            for line in text.lines() {
+                // 7f00-7f01 rw-s 00000000 00:06 123 /dev/ublkc0
+                let mut fields = line.split_whitespace();
+                let (Some(range), Some(device), Some(inode)) = (fields.next(), fields.nth(2), fields.next()) else {
+                    continue;
+                };
+                if inode == "0" || !fields.next().is_some_and(|path| path.starts_with('/')) {
+                    continue;
+                }
+                let file = format!("{device} {inode}");
+                let wanted = if let Some(&wanted) = known.get(&file) {
+                    wanted
+                } else {
+                    let link = process.join("map_files").join(without_leading_zeroes(range));
+                    let Some(wanted) = self.note(self.is_wanted(&link)) else { continue };
+                    known.insert(file, wanted);
+                    wanted
+                };
+                if wanted {
+                    self.found(Some(pid), How::Map);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+fn entries(dir: &Path) -> Vec<PathBuf> {
+    fs::read_dir(dir).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
+}
+
+/// "8:1", as sysfs and mountinfo write device numbers.
+pub(crate) fn parse_number(text: &str) -> Option<(u32, u32)> {
+    let (major, minor) = text.trim_end().split_once(':')?;
+    Some((major.parse().ok()?, minor.parse().ok()?))
+}
+
+/// The kernel writes addresses with leading zeroes in maps and without them in `map_files`.
+fn without_leading_zeroes(range: &str) -> String {
+    let strip = |address: &str| match address.trim_start_matches('0') {
+        "" => "0".to_owned(),
+        rest => rest.to_owned(),
+    };
+    range.split('-').map(strip).collect::<Vec<_>>().join("-")
+}
+
+/// Undoes the `\040` with which the kernel writes blanks and the like in paths.
+fn unescape(text: &str) -> String {
+    let mut bytes = Vec::with_capacity(text.len());
+    let mut rest = text.as_bytes();
+    while let Some((&first, after)) = rest.split_first() {
+        match after {
+            [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..] if first == b'\\' => {
+                bytes.push(((a - b'0') << 6) | ((b - b'0') << 3) | (c - b'0'));
+                rest = after;
+            }
+            _ => {
+                bytes.push(first);
+                rest = after;
+            }
+        }
+    }
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    /// A made-up /proc and /sys in a directory that is gone afterwards. Nodes are stood for by links to real ones.
+    pub(crate) struct Tree {
+        pub(crate) root: PathBuf,
+    }
+
+    impl Tree {
+        pub(crate) fn new(name: &str) -> Self {
+            let root = std::env::temp_dir().join(format!("ublkit-tree-{}-{name}", std::process::id()));
+            let tree = Self { root };
+            tree.link("proc/self/ns/pid", INITIAL_PID_NAMESPACE);
+            tree.link("proc/self/ns/mnt", "mnt:[1]");
+            tree.write("proc/self/mountinfo", "22 27 0:21 / /proc rw - proc proc rw\n");
+            tree.process(1, "init");
+            tree
+        }
+
+        pub(crate) fn roots(&self) -> Roots {
+            Roots { proc: self.root.join("proc"), sys: self.root.join("sys") }
+        }
+
+        pub(crate) fn write(&self, path: &str, text: &str) {
+            let path = self.root.join(path);
+            fs::create_dir_all(path.parent().expect("has a parent")).expect("create");
+            fs::write(path, text).expect("write");
+        }
+
+        pub(crate) fn link(&self, path: &str, target: &str) {
+            let path = self.root.join(path);
+            fs::create_dir_all(path.parent().expect("has a parent")).expect("create");
+            let _ = fs::remove_file(&path);
+            symlink(target, path).expect("link");
+        }
+
+        pub(crate) fn process(&self, pid: i32, comm: &str) {
+            self.write(&format!("proc/{pid}/comm"), &format!("{comm}\n"));
+            self.write(&format!("proc/{pid}/maps"), "");
+            self.link(&format!("proc/{pid}/ns/mnt"), "mnt:[1]");
+            fs::create_dir_all(self.root.join(format!("proc/{pid}/fd"))).expect("create");
+        }
+
+        pub(crate) fn fd(&self, pid: i32, fd: i32, target: &str) {
+            self.link(&format!("proc/{pid}/fd/{fd}"), target);
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.root);
+        }
+    }
+}
+
+/// Who holds the block node of a device open.
+pub(crate) fn of_device(info: &crate::ctrl::DeviceInfo) -> Vec<Holder> {
+    of(info.block_path()).map(|holders| holders.found).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::testing::Tree;
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    fn shown(holders: &Holders) -> Vec<String> {
+        holders.found.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn this_processs_own_descriptor_is_found() {
+        use std::os::fd::AsRawFd;
+        let null = fs::File::open("/dev/null").expect("open");
+        let holders = of("/dev/null").expect("search");
+        let own = std::process::id() as i32;
+        let mine = |holder: &&Holder| holder.pid == Some(own) && holder.how == How::Fd(null.as_raw_fd());
+        let holder = holders.found.iter().find(mine).expect("found");
+        assert_eq!(holder.to_string(), format!("pid {own} ({}) fd {}", holder.comm, null.as_raw_fd()));
+        assert!(!holder.comm.is_empty());
+    }
+
+    #[test]
+    fn descriptors_and_maps_are_found_by_number_whatever_the_path() {
+        let tree = Tree::new("fds");
+        tree.process(123, "fio");
+        tree.fd(123, 7, "/dev/zero");
+        tree.fd(123, 8, "/dev/null");
+        tree.fd(123, 9, "socket:[1]");
+        tree.process(200, "other");
+        // Another name for the same device, as in a container.
+        tree.link("elsewhere/disk", "/dev/zero");
+        tree.fd(200, 3, tree.root.join("elsewhere/disk").to_str().expect("text"));
+        tree.process(300, "mapper");
+        tree.write(
+            "proc/300/maps",
+            "00400000-00401000 r-xp 00000000 fe:00 99 /bin/x\n7f00-7f01 rw-s 00000000 00:06 5 /gone (deleted)\n",
+        );
+        tree.link("proc/300/map_files/400000-401000", "/dev/null");
+        tree.link("proc/300/map_files/7f00-7f01", "/dev/zero");
+        // A process that ends while it is looked at.
+        fs::create_dir_all(tree.root.join("proc/400")).expect("create");
+
+        let holders = Node::at("/dev/zero").expect("stat").holders_in(&tree.roots(), LIMIT);
+        assert_eq!(shown(&holders), ["pid 123 (fio) fd 7", "pid 200 (other) fd 3", "pid 300 (mapper) memory map"]);
+        assert_eq!(holders.incomplete, None);
+    }
+
+    #[test]
+    fn mounts_partitions_and_stacked_devices_are_found() {
+        let tree = Tree::new("mounts");
+        let mount =
+            |number: &str, at: &str, source: &str| format!("9 1 {number} / {at} rw shared:1 - ext4 {source} rw\n");
+        tree.write(
+            "proc/self/mountinfo",
+            &(mount("8:1", "/no", "/dev/sda1") + &mount("4000:5", "/my\\040disk", "x")),
+        );
+        tree.process(50, "same");
+        tree.process(60, "containerd");
+        tree.link("proc/60/ns/mnt", "mnt:[2]");
+        tree.write("proc/60/mountinfo", &mount("4000:6", "/data", "/dev/none"));
+        tree.process(61, "inside");
+        tree.link("proc/61/ns/mnt", "mnt:[2]");
+        tree.write("sys/dev/block/4000:5/ublkb7p1/partition", "1\n");
+        tree.write("sys/dev/block/4000:5/ublkb7p1/dev", "4000:6\n");
+        tree.write("sys/dev/block/4000:5/holders/dm-0/x", "");
+        tree.write("sys/dev/block/4000:6/holders/md1/x", "");
+        let holders = Node::block(4000, 5).holders_in(&tree.roots(), LIMIT);
+        let mut shown = shown(&holders);
+        shown[2..].sort();
+        let want =
+            ["mounted on /my disk", "mounted on /data where pid 60 (containerd) lives", "device dm-0", "device md1"];
+        assert_eq!(shown, want);
+        assert_eq!(holders.to_string().matches(", ").count(), 3);
+    }
+
+    #[test]
+    fn what_cannot_be_seen_is_said() {
+        let tree = Tree::new("blind");
+        tree.link("proc/self/ns/pid", "pid:[4026532000]");
+        let holders = Node::character(4000, 5).holders_in(&tree.roots(), LIMIT);
+        assert_eq!(
+            holders.to_string(),
+            "nobody (there may be more: processes outside this pid namespace cannot be seen)"
+        );
+
+        tree.link("proc/self/ns/pid", INITIAL_PID_NAMESPACE);
+        fs::remove_dir_all(tree.root.join("proc/1")).expect("remove");
+        let holders = Node::character(4000, 5).holders_in(&tree.roots(), LIMIT);
+        assert!(holders.incomplete.expect("hidepid").contains("does not show all"));
+
+        fs::remove_dir_all(tree.root.join("proc")).expect("remove");
+        assert!(Node::character(4000, 5).holders_in(&tree.roots(), LIMIT).incomplete.is_some());
+    }
+
+    /// A process whose maps cannot be read for as long as it hangs once made the search hang with it: a pipe that
+    /// nobody writes to stands in for it.
+    #[test]
+    fn a_search_that_blocks_is_given_up_with_what_was_found() {
+        let tree = Tree::new("block");
+        tree.process(123, "hung");
+        tree.fd(123, 7, "/dev/zero");
+        let maps = tree.root.join("proc/123/maps");
+        fs::remove_file(&maps).expect("remove");
+        nix::unistd::mkfifo(&maps, nix::sys::stat::Mode::S_IRWXU).expect("mkfifo");
+        let holders = Node::at("/dev/zero").expect("stat").holders_in(&tree.roots(), Duration::from_millis(300));
+        assert_eq!(shown(&holders), ["pid 123 (hung) fd 7"]);
+        assert!(holders.incomplete.expect("given up").contains("given up"));
+        drop(fs::OpenOptions::new().write(true).open(&maps));
+    }
+
+    #[test]
+    fn only_device_nodes_have_holders() {
+        assert_eq!(of("/").expect_err("a directory").kind(), ErrorKind::InvalidInput);
+        assert_eq!(of("/dev/none-such").expect_err("nothing").kind(), ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_kernels_escapes_are_undone() {
+        assert_eq!(unescape(r"/a\040b\134c\11"), r"/a b\c\11");
+        assert_eq!(without_leading_zeroes("00400000-00401000"), "400000-401000");
+        assert_eq!(without_leading_zeroes("00000000-00001000"), "0-1000");
+    }
 }

@@ -1,6 +1,8 @@
 //! Serve Linux block devices from user space through ublk.
 
 pub mod backend;
+pub mod backends;
+pub mod blkdev;
 mod builder;
 pub mod ctrl;
 mod device;

@@ -93,7 +93,11 @@ fn command() -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(list)
-        .subcommands(SCENARIOS.iter().map(|entry| (entry.augment)(Command::new(entry.name).about(entry.about))))
+        .subcommands(
+            SCENARIOS
+                .iter()
+                .map(|entry| (entry.augment)(Command::new(entry.name)).about(entry.about).long_about(None)),
+        )
 }
 
 fn start(name: &str, matches: &ArgMatches, args: &[OsString]) -> u8 {

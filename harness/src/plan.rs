@@ -1,11 +1,22 @@
 //! Plans: a seed and options become one deterministic stream of operations per worker.
+//!
+//! A stream says what is done and where; the payload of a write follows from the seed, the sector and its generation. The
+//! operations of a run can thus be had again from its seed and options alone, byte for byte.
+
+mod draw;
+mod mix;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
-use std::str::FromStr;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+pub use self::draw::WorkerPlan;
+pub use self::mix::Mix;
 use crate::range::SectorRange;
+use crate::sector::{LBA_LIMIT, SECTOR};
 use crate::seed::Seed;
 
 /// What an operation does.
@@ -35,24 +46,6 @@ pub struct Op {
     pub kind: OpKind,
     /// The sectors it is for; empty for a flush.
     pub range: SectorRange,
-}
-
-/// How often each kind of operation is drawn, as weights. Reads and prints as `read=50,write=40,flush=1`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Mix {
-    /// The weight of [`OpKind::Read`].
-    pub read: u32,
-    /// The weight of [`OpKind::Write`].
-    pub write: u32,
-    /// The weight of [`OpKind::WriteFua`].
-    pub fua: u32,
-    /// The weight of [`OpKind::Flush`].
-    pub flush: u32,
-    /// The weight of [`OpKind::Discard`].
-    pub discard: u32,
-    /// The weight of [`OpKind::WriteZeroes`].
-    pub zeroes: u32,
 }
 
 /// How long operations are.
@@ -111,23 +104,92 @@ pub struct PlanError(String);
 /// A seed with options.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    options: PlanOptions,
+    options: Arc<PlanOptions>,
     seed: Seed,
 }
 
-/// The endless stream of one worker's operations.
-#[derive(Clone, Debug)]
-pub struct WorkerPlan {
-    region: SectorRange,
+impl Capabilities {
+    /// Everything.
+    pub const ALL: Self = Self { flush: true, fua: true, discard: true, write_zeroes: true };
 }
 
 impl PlanOptions {
-    /// Options for a device of this shape: `workers` disjoint regions, depth 1, the default mix, any size, and every
-    /// capability.
+    /// Options for a device of this shape: disjoint regions, one for each of `workers` workers (fewer where the device
+    /// has fewer blocks), depth 1, the default mix, any size, and every capability.
     #[must_use]
     pub fn new(device_bytes: u64, logical_block_bytes: u64, max_io_bytes: u64, workers: u32) -> Self {
-        let _ = (device_bytes, logical_block_bytes, max_io_bytes, workers);
-        todo!()
+        let regions = SectorRange::device(device_bytes).split(workers, logical_block_bytes / SECTOR as u64);
+        Self {
+            device_bytes,
+            logical_block_bytes,
+            max_io_bytes: max_io_bytes.max(logical_block_bytes),
+            alignment_bytes: logical_block_bytes,
+            workers: regions.len() as u32,
+            regions,
+            depth: 1,
+            mix: Mix::default(),
+            size: IoSize::Any,
+            capabilities: Capabilities::ALL,
+        }
+    }
+
+    /// The mix without what the device does not offer. A write that is to be durable becomes a plain one.
+    #[must_use]
+    pub fn offered_mix(&self) -> Mix {
+        let Capabilities { flush, fua, discard, write_zeroes } = self.capabilities;
+        let keep = |weight: u32, offered: bool| if offered { weight } else { 0 };
+        Mix {
+            read: self.mix.read,
+            write: self.mix.write.saturating_add(keep(self.mix.fua, !fua)),
+            fua: keep(self.mix.fua, fua),
+            flush: keep(self.mix.flush, flush),
+            discard: keep(self.mix.discard, discard),
+            zeroes: keep(self.mix.zeroes, write_zeroes),
+        }
+    }
+
+    fn validate(&self) -> Result<(), PlanError> {
+        let check =
+            |right: bool, message: &dyn Fn() -> String| if right { Ok(()) } else { Err(PlanError(message())) };
+        let Self { device_bytes, logical_block_bytes: block, alignment_bytes: alignment, .. } = *self;
+        check(block.is_power_of_two() && block >= SECTOR as u64, &|| {
+            format!("a logical block of {block} bytes is not a power of two of at least {SECTOR}")
+        })?;
+        check(device_bytes >= block && device_bytes.is_multiple_of(block), &|| {
+            format!("a device of {device_bytes} bytes does not consist of logical blocks of {block} bytes")
+        })?;
+        check(device_bytes / SECTOR as u64 <= LBA_LIMIT, &|| {
+            format!("a device of {device_bytes} bytes is larger than 512 TiB, beyond which sectors look alike")
+        })?;
+        check(alignment >= block && alignment.is_multiple_of(block), &|| {
+            format!("an alignment of {alignment} bytes is not a multiple of the logical block of {block} bytes")
+        })?;
+        check(self.max_io_bytes >= alignment, &|| {
+            format!("a largest I/O of {} bytes is less than the alignment of {alignment} bytes", self.max_io_bytes)
+        })?;
+        check(self.workers > 0, &|| "a plan needs at least one worker".to_owned())?;
+        check(self.depth > 0, &|| "a depth of 0 keeps nothing in flight".to_owned())?;
+        check(self.offered_mix().total() > 0, &|| {
+            format!("the mix {} has nothing that the device offers", self.mix)
+        })?;
+        check(!self.regions.is_empty(), &|| "a plan needs at least one region".to_owned())?;
+        let device = SectorRange::device(device_bytes);
+        for region in &self.regions {
+            check(device.covers(*region), &|| format!("the region {region} is not in the device {device}"))?;
+            check(region.offset_bytes().is_multiple_of(alignment) && region.len_bytes() >= alignment, &|| {
+                format!("the region {region} does not begin at, or is less than, the alignment of {alignment} bytes")
+            })?;
+            if let IoSize::Fixed(bytes) = self.size {
+                check(bytes > 0 && bytes.is_multiple_of(alignment), &|| {
+                    format!("an I/O of {bytes} bytes is not a multiple of the alignment of {alignment} bytes")
+                })?;
+                let first = region.offset_bytes().next_multiple_of(bytes);
+                check(first + bytes <= region.offset_bytes() + region.len_bytes(), &|| {
+                    format!("the region {region} has no room for an I/O of {bytes} bytes at a multiple of it")
+                })?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -137,12 +199,13 @@ impl Plan {
     /// # Errors
     /// When the options contradict each other or the device is too small for them.
     pub fn new(options: PlanOptions, seed: Seed) -> Result<Self, PlanError> {
-        Ok(Self { options, seed })
+        options.validate()?;
+        Ok(Self { options: Arc::new(options), seed })
     }
 
     /// The options.
     #[must_use]
-    pub const fn options(&self) -> &PlanOptions {
+    pub fn options(&self) -> &PlanOptions {
         &self.options
     }
 
@@ -155,25 +218,19 @@ impl Plan {
     /// The operations of `worker`, from the first.
     #[must_use]
     pub fn worker(&self, worker: u32) -> WorkerPlan {
-        let _ = worker;
-        todo!()
+        WorkerPlan::new(Arc::clone(&self.options), self.seed, worker)
     }
 }
 
-impl WorkerPlan {
-    /// The region that every operation is in.
+impl OpKind {
+    /// Every kind.
+    pub const ALL: [Self; 6] =
+        [Self::Read, Self::Write, Self::WriteFua, Self::Flush, Self::Discard, Self::WriteZeroes];
+
+    /// Whether it changes what its sectors hold.
     #[must_use]
-    pub const fn region(&self) -> SectorRange {
-        self.region
-    }
-}
-
-impl Iterator for WorkerPlan {
-    type Item = Op;
-
-    /// The next operation; there always is one.
-    fn next(&mut self) -> Option<Op> {
-        todo!()
+    pub const fn changes(self) -> bool {
+        matches!(self, Self::Write | Self::WriteFua | Self::Discard | Self::WriteZeroes)
     }
 }
 
@@ -187,41 +244,6 @@ impl fmt::Display for OpKind {
             Self::Discard => "discard",
             Self::WriteZeroes => "zeroes",
         })
-    }
-}
-
-impl Default for Mix {
-    fn default() -> Self {
-        Self { read: 50, write: 40, fua: 3, flush: 1, discard: 3, zeroes: 3 }
-    }
-}
-
-impl fmt::Display for Mix {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let _ = f;
-        todo!()
-    }
-}
-
-impl From<Mix> for String {
-    fn from(mix: Mix) -> Self {
-        mix.to_string()
-    }
-}
-
-impl TryFrom<String> for Mix {
-    type Error = PlanError;
-
-    fn try_from(text: String) -> Result<Self, PlanError> {
-        text.parse()
-    }
-}
-
-impl FromStr for Mix {
-    type Err = PlanError;
-
-    fn from_str(text: &str) -> Result<Self, PlanError> {
-        Err(PlanError(text.to_owned()))
     }
 }
 

@@ -33,6 +33,9 @@ pub const TABLE_SECTORS: usize = 8;
 /// Words of 8 bytes in the table.
 pub const TABLE_WORDS: usize = TABLE_SECTORS * WORDS;
 
+/// Words in a quarter of a sector.
+const QUARTER: usize = WORDS / 4;
+
 /// Sectors that can be told apart: 2^40, or 512 TiB.
 pub const LBA_LIMIT: u64 = 1 << 40;
 
@@ -70,8 +73,13 @@ pub const fn is_newer(a: Generation, b: Generation) -> bool {
 pub struct Pattern {
     seed: Seed,
     device: u32,
-    table: Box<[u64; TABLE_WORDS]>,
+    table: Box<[Row; TABLE_SECTORS]>,
 }
+
+/// The table's words for one sector, aligned so that they can be operands of vector instructions.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Row([u64; WORDS]);
 
 /// Where a word says it belongs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -94,8 +102,8 @@ impl Pattern {
     pub fn new(seed: impl Into<Seed>, device: u32) -> Self {
         let seed = seed.into();
         let mut rng = seed.derive("pattern", u64::from(device)).rng();
-        let mut table = Box::new([0; TABLE_WORDS]);
-        for word in table.iter_mut() {
+        let mut table = Box::new([Row([0; WORDS]); TABLE_SECTORS]);
+        for word in table.iter_mut().flat_map(|row| &mut row.0) {
             *word = rng.next_u64();
         }
         Self { seed, device, table }
@@ -118,7 +126,7 @@ impl Pattern {
     pub fn fill_sector(&self, sector: &mut [u8; SECTOR], lba: u64, generation: Generation) {
         let key = mix(lba << 24 | u64::from(generation));
         let (words, _none) = sector.as_chunks_mut::<8>();
-        for (word, mask) in words.iter_mut().zip(self.row(lba)) {
+        for (word, mask) in words.iter_mut().zip(&self.row(lba).0) {
             *word = (key ^ mask).to_le_bytes();
         }
     }
@@ -139,10 +147,17 @@ impl Pattern {
     #[must_use]
     pub fn sector_matches(&self, sector: &[u8; SECTOR], lba: u64, generation: Generation) -> bool {
         let key = mix(lba << 24 | u64::from(generation));
-        let (words, _none) = sector.as_chunks::<8>();
+        // A quarter at a time: over a whole sector the compiler keeps more in flight than it has registers, and spills.
+        let quarters = sector.as_chunks::<{ QUARTER * 8 }>().0.iter();
         let mut differences = 0;
-        for (word, mask) in words.iter().zip(self.row(lba)) {
-            differences |= u64::from_le_bytes(*word) ^ mask ^ key;
+        for (quarter, masks) in quarters.zip(self.row(lba).0.as_chunks::<QUARTER>().0) {
+            let mut lanes = [0; 4];
+            for (words, masks) in quarter.as_chunks::<32>().0.iter().zip(masks.as_chunks::<4>().0) {
+                for ((lane, word), mask) in lanes.iter_mut().zip(words.as_chunks().0).zip(masks) {
+                    *lane |= u64::from_le_bytes(*word) ^ mask ^ key;
+                }
+            }
+            differences |= lanes[0] | lanes[1] | lanes[2] | lanes[3];
         }
         differences == 0
     }
@@ -153,7 +168,7 @@ impl Pattern {
     /// in 2^43 / `device_sectors`.
     #[must_use]
     pub fn decode_word(&self, word: u64, table_position: usize, device_sectors: u64) -> Option<Origin> {
-        let value = unmix(word ^ self.table.get(table_position)?);
+        let value = unmix(word ^ self.table.get(table_position / WORDS)?.0[table_position % WORDS]);
         let origin = Origin { lba: value >> 24, generation: value as u32 & GENERATION_MAX };
         let fits = origin.lba < device_sectors
             && origin.generation != 0
@@ -161,8 +176,9 @@ impl Pattern {
         fits.then_some(origin)
     }
 
-    fn row(&self, lba: u64) -> &[u64; WORDS] {
-        &self.table.as_chunks::<WORDS>().0[(lba % TABLE_SECTORS as u64) as usize]
+    #[inline]
+    fn row(&self, lba: u64) -> &Row {
+        &self.table[(lba % TABLE_SECTORS as u64) as usize]
     }
 }
 

@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::stat::SFlag;
 
+use crate::ctrl::{DeviceInfo, block_path, character_path};
 use crate::sys::file::stat_path;
 
 /// How long a search may take: reading another process's maps can block for as long as that process does.
@@ -143,12 +144,51 @@ impl Node {
     }
 
     pub(crate) fn holders_in(self, roots: &Roots, time_limit: Duration) -> Holders {
+        Wanted { nodes: HashSet::from([self]), removed: Vec::new() }.search(roots, time_limit)
+    }
+}
+
+/// Everybody who holds the device whose node is at `path`.
+///
+/// # Errors
+/// As [`Node::at`]. That something cannot be looked into is no error: see [`Holders::incomplete`].
+pub fn of(path: impl AsRef<Path>) -> io::Result<Holders> {
+    Ok(Node::at(path)?.holders())
+}
+
+/// Everybody who holds the block or the character device of a ublk device, which may have been stopped or deleted: of nodes
+/// that are gone, the kernel still knows the name under which they were opened.
+#[must_use]
+pub fn of_ublk(id: u32) -> Holders {
+    Wanted::ublk(id).search(&Roots::default(), TIME_LIMIT)
+}
+
+pub(crate) fn of_device(device: &DeviceInfo) -> Vec<Holder> {
+    of_ublk(device.id()).found
+}
+
+/// What is searched for.
+#[derive(Clone, Debug)]
+struct Wanted {
+    /// Devices, to which their partitions are added.
+    nodes: HashSet<Node>,
+    /// Names of nodes that may have been removed.
+    removed: Vec<String>,
+}
+
+impl Wanted {
+    fn ublk(id: u32) -> Self {
+        let nodes = [block_path(id), character_path(id)].into_iter().filter_map(|path| Node::at(path).ok());
+        Self { nodes: nodes.collect(), removed: vec![format!("ublkb{id}"), format!("ublkc{id}")] }
+    }
+
+    fn search(self, roots: &Roots, time_limit: Duration) -> Holders {
         let deadline = Instant::now() + time_limit;
         let (sender, receiver) = mpsc::channel();
-        let search = Search { roots: roots.clone(), nodes: HashSet::new(), sender, denied: 0 };
+        let search = Search { roots: roots.clone(), wanted: self, sender, denied: 0 };
         // On a thread of its own, which is left behind if the kernel makes it wait: the caller may be closing a device, and
         // what it waits for may be just that.
-        let spawned = std::thread::Builder::new().name("ublkit-holders".into()).spawn(move || search.run(self));
+        let spawned = std::thread::Builder::new().name("ublkit-holders".into()).spawn(move || search.run());
         let mut holders = Holders::default();
         if let Err(error) = spawned {
             holders.incomplete = Some(format!("no thread to search with: {error}"));
@@ -176,14 +216,6 @@ impl Node {
     }
 }
 
-/// Everybody who holds the device whose node is at `path`.
-///
-/// # Errors
-/// As [`Node::at`]. That something cannot be looked into is no error: see [`Holders::incomplete`].
-pub fn of(path: impl AsRef<Path>) -> io::Result<Holders> {
-    Ok(Node::at(path)?.holders())
-}
-
 /// Where the kernel's file systems are mounted.
 #[derive(Clone, Debug)]
 pub(crate) struct Roots {
@@ -205,8 +237,7 @@ enum News {
 
 struct Search {
     roots: Roots,
-    /// The device and its partitions.
-    nodes: HashSet<Node>,
+    wanted: Wanted,
     sender: Sender<News>,
     /// How many things of processes could not be looked into.
     denied: u32,
@@ -214,15 +245,14 @@ struct Search {
 
 impl Search {
     /// What can block for a process that hangs comes last.
-    fn run(mut self, node: Node) {
-        self.nodes.insert(node);
-        self.add_partitions(node);
+    fn run(mut self) {
+        self.add_partitions();
         let mut processes = self.processes();
         processes.sort_unstable();
         for &pid in &processes {
             self.descriptors(pid);
         }
-        if node.kind == SFlag::S_IFBLK {
+        if self.wanted.nodes.iter().any(|node| node.kind == SFlag::S_IFBLK) || !self.wanted.removed.is_empty() {
             self.mounts(&processes);
             self.swap();
             self.devices_on_top();
@@ -252,7 +282,20 @@ impl Search {
     fn is_wanted(&self, path: &Path) -> io::Result<bool> {
         let stat = stat_path(path)?;
         let kind = SFlag::from_bits_truncate(stat.mode) & SFlag::S_IFMT;
-        Ok(self.nodes.contains(&Node { kind, number: stat.rdev }))
+        if kind != SFlag::S_IFBLK && kind != SFlag::S_IFCHR {
+            return Ok(false);
+        }
+        Ok(self.wanted.nodes.contains(&Node { kind, number: stat.rdev }) || self.is_removed(path))
+    }
+
+    /// Whether a link of /proc leads to a node that was removed and had one of the names that are wanted.
+    fn is_removed(&self, link: &Path) -> bool {
+        let wanted = || {
+            let target = fs::read_link(link).ok()?;
+            let name = target.file_name()?.to_str()?.strip_suffix(" (deleted)")?;
+            Some(self.wanted.removed.iter().any(|removed| is_disk_or_partition(removed, name)))
+        };
+        !self.wanted.removed.is_empty() && wanted().unwrap_or(false)
     }
 
     /// Notes what may not be looked into. What is gone was a process that ended meanwhile, and holds nothing.
@@ -279,15 +322,15 @@ impl Search {
         (!self.process(1).exists()).then(|| format!("{} does not show all processes", self.roots.proc.display()))
     }
 
-    fn add_partitions(&mut self, node: Node) {
-        if node.kind != SFlag::S_IFBLK {
-            return;
-        }
-        for entry in entries(&self.sysfs(node)) {
-            if entry.join("partition").exists()
-                && let Some(number) = fs::read_to_string(entry.join("dev")).ok().as_deref().and_then(parse_number)
-            {
-                self.nodes.insert(Node { number, ..node });
+    fn add_partitions(&mut self) {
+        let disks: Vec<Node> = self.wanted.nodes.iter().copied().filter(|node| node.kind == SFlag::S_IFBLK).collect();
+        for disk in disks {
+            for entry in entries(&self.sysfs(disk)) {
+                if entry.join("partition").exists()
+                    && let Some(number) = fs::read_to_string(entry.join("dev")).ok().as_deref().and_then(parse_number)
+                {
+                    self.wanted.nodes.insert(Node { number, ..disk });
+                }
             }
         }
     }
@@ -344,11 +387,12 @@ impl Search {
             let source = unescape(right.split(' ').nth(1).unwrap_or_default());
             let by_source = || {
                 source.strip_prefix("/dev/").is_some_and(|name| {
-                    self.is_wanted(&process.join("root/dev").join(name)).unwrap_or(false)
+                    self.wanted.removed.iter().any(|removed| is_disk_or_partition(removed, name))
+                        || self.is_wanted(&process.join("root/dev").join(name)).unwrap_or(false)
                         || self.is_wanted(Path::new(&source)).unwrap_or(false)
                 })
             };
-            if self.nodes.contains(&Node { kind: SFlag::S_IFBLK, number }) || by_source() {
+            if self.wanted.nodes.contains(&Node { kind: SFlag::S_IFBLK, number }) || by_source() {
                 self.found(pid, How::Mount(unescape(at).into()));
             }
         }
@@ -365,7 +409,7 @@ impl Search {
     }
 
     fn devices_on_top(&self) {
-        for &node in &self.nodes {
+        for &node in self.wanted.nodes.iter().filter(|node| node.kind == SFlag::S_IFBLK) {
             for holder in entries(&self.sysfs(node).join("holders")) {
                 self.found(None, How::Device(name_of(&holder)));
             }
@@ -414,6 +458,14 @@ impl Search {
 
 fn entries(dir: &Path) -> Vec<PathBuf> {
     fs::read_dir(dir).map(|entries| entries.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
+}
+
+/// Whether `name` is the disk's or that of one of its partitions: `ublkb0`, `ublkb0p1`, and not `ublkb01`.
+fn is_disk_or_partition(disk: &str, name: &str) -> bool {
+    name.strip_prefix(disk).is_some_and(|rest| {
+        rest.is_empty()
+            || rest.strip_prefix('p').is_some_and(|n| !n.is_empty() && n.bytes().all(|byte| byte.is_ascii_digit()))
+    })
 }
 
 fn name_of(path: &Path) -> String {
@@ -627,6 +679,22 @@ mod tests {
         assert_eq!(shown(&holders), ["pid 123 (hung) fd 7"]);
         assert!(holders.incomplete.expect("given up").contains("given up"));
         drop(fs::OpenOptions::new().write(true).open(&maps));
+    }
+
+    /// When a close finds that a device is held, its node is gone already; what /proc says of it is a name.
+    #[test]
+    fn holders_of_a_removed_node_are_found_by_name() {
+        let tree = Tree::new("removed");
+        tree.process(123, "fio");
+        for (fd, name) in [(5, "ublkb7 (deleted)"), (6, "ublkb77 (deleted)"), (7, "ublkb7")] {
+            tree.link(&format!("dev/{name}"), "/dev/zero");
+            tree.fd(123, fd, tree.root.join("dev").join(name).to_str().expect("text"));
+        }
+        let mount = |source: &str, at: &str| format!("9 1 4000:5 / {at} rw - ext4 {source} rw\n");
+        let mounts = [mount("/dev/ublkb7", "/a"), mount("/dev/ublkb7p2", "/b"), mount("/dev/ublkb77", "/c")];
+        tree.write("proc/self/mountinfo", &mounts.concat());
+        let holders = Wanted::ublk(7).search(&tree.roots(), LIMIT);
+        assert_eq!(shown(&holders), ["pid 123 (fio) fd 5", "mounted on /a", "mounted on /b"]);
     }
 
     #[test]

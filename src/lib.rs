@@ -8,6 +8,7 @@ pub mod ctrl;
 mod device;
 mod error;
 pub mod holders;
+pub mod orphan;
 mod params;
 mod queue;
 mod request;

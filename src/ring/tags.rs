@@ -183,6 +183,17 @@ impl Tags {
         })
     }
 
+    /// Writes the same descriptor for every tag into anonymous memory, in the driver's place.
+    #[cfg(any(test, feature = "driverless"))]
+    pub(crate) fn pretend(descriptors: &mut Map, depth: u16, descriptor: IoDesc) {
+        assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
+        for tag in 0..usize::from(depth) {
+            // SAFETY: in bounds by the assertion, aligned (page start plus a multiple of 24), anonymous and writable memory of
+            // which `&mut` makes this the only user.
+            unsafe { descriptors.start().cast::<IoDesc>().as_ptr().add(tag).write(descriptor) };
+        }
+    }
+
     /// Queues a FETCH for every tag, and the wake-up poll.
     pub(crate) fn fetch_all(&mut self) {
         for tag in 0..self.depth {

@@ -564,11 +564,6 @@ pub(crate) mod testing {
     }
 }
 
-/// Who holds the block node of a device open.
-pub(crate) fn of_device(info: &crate::ctrl::DeviceInfo) -> Vec<Holder> {
-    of(info.block_path()).map(|holders| holders.found).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::testing::Tree;

@@ -4,6 +4,9 @@ mod collect;
 mod jsonl;
 mod sink;
 mod terminal;
+#[cfg(test)]
+mod tests;
+mod text;
 
 pub use collect::{Collected, Collector};
 pub use jsonl::JsonLines;

@@ -145,6 +145,12 @@ pub struct Classifier<'a> {
 }
 
 impl Class {
+    /// Whether it says what happened, and not only that something did not arrive.
+    #[must_use]
+    pub const fn is_telling(&self) -> bool {
+        !matches!(self, Self::Good | Self::Lost { .. } | Self::Stale { .. } | Self::Zero)
+    }
+
     /// The name alone, as it stands in JSON.
     #[must_use]
     pub const fn name(&self) -> &'static str {

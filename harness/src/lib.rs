@@ -11,7 +11,8 @@
 //! 5. Everything that happens is an [`Event`] in one linear stream, sent through an [`EventSink`]; reporters only
 //!    read it.
 //! 6. [`Evidence`] counts the work done, and a run that did too little is vacuous, not a pass.
-//! 7. [`Watchdog`] ends what does not end by itself and says where every thread stood.
+//! 7. [`MutantBackend`] plants a known bug, to see that it is found; [`Observed`] counts what reached a backend.
+//! 8. [`Watchdog`] ends what does not end by itself and says where every thread stood.
 //!
 //! Sectors are always 512 bytes and are counted in `u64`; a length in bytes says so in its name.
 
@@ -21,6 +22,8 @@ pub mod classify;
 mod decode;
 pub mod event;
 pub mod mismatch;
+pub mod mutant;
+pub mod observe;
 pub mod plan;
 pub mod range;
 pub mod report;
@@ -35,7 +38,9 @@ pub mod watchdog;
 pub use classify::{Class, Content, Expected};
 pub use event::Event;
 pub use mismatch::Mismatch;
-pub use plan::{IoSize, Mix, Op, OpKind, Plan, PlanOptions};
+pub use mutant::{Mutant, MutantBackend};
+pub use observe::Observed;
+pub use plan::{Capabilities, IoSize, Mix, Op, OpKind, Plan, PlanOptions};
 pub use range::SectorRange;
 pub use report::{EventLoop, EventSink, Reporter};
 pub use sector::{Generation, Pattern, SECTOR};
@@ -43,4 +48,4 @@ pub use seed::{Seed, SeededRng};
 pub use shadow::{Access, DiscardPromise, Outcome, Shadow, ShadowOptions, Ticket, Verified};
 pub use vacuity::Evidence;
 pub use verdict::Verdict;
-pub use watchdog::{Deadline, Guard, HangReport, Watchdog};
+pub use watchdog::{Deadline, Guard, HangReport, Watchdog, WatchdogOptions};

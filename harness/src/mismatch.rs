@@ -11,7 +11,7 @@ use crate::range::SectorRange;
 use crate::sector::Generation;
 use crate::shadow::Outcome;
 
-/// The first wrong sector of a check, and a count of the others.
+/// A wrong sector of a check, and a count of the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mismatch {
     /// The worker whose region the sector is in.
@@ -20,7 +20,8 @@ pub struct Mismatch {
     pub op: Option<u64>,
     /// The range that was being checked.
     pub range: SectorRange,
-    /// The first wrong sector.
+    /// The first wrong sector whose class tells more than that something did not arrive, or else the first: a misdirected
+    /// write explains the lost sectors beside it.
     pub sector: u64,
     /// What kind of corruption it is.
     pub class: Class,

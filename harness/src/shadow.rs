@@ -16,7 +16,7 @@ mod state;
 #[cfg(test)]
 mod tests;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
@@ -444,21 +444,26 @@ impl Shadow {
             let got = &sectors[(sector - range.first) as usize];
             classifier.classify(got, sector, &self.expected(sector))
         };
-        let mut wrong_sectors = std::collections::BTreeMap::new();
-        let others = (wrong..range.end()).map(class_of).filter(|class| *class != Class::Good);
-        for class in others.take(NAMED_SECTORS) {
+        let mut wrong_sectors = BTreeMap::new();
+        let mut first: Option<(u64, Class)> = None;
+        let named = (wrong..range.end()).map(|sector| (sector, class_of(sector)));
+        for (sector, class) in named.filter(|(_, class)| *class != Class::Good).take(NAMED_SECTORS) {
             *wrong_sectors.entry(class.name().to_owned()).or_default() += 1;
+            if first.as_ref().is_none_or(|(_, first)| !first.is_telling() && class.is_telling()) {
+                first = Some((sector, class));
+            }
         }
+        let (sector, class) = first.unwrap_or((wrong, Class::Garbage));
         Box::new(Mismatch {
             worker: *worker,
             op,
             range,
-            sector: wrong,
-            class: class_of(wrong),
-            expected: self.expected(wrong),
-            got: SectorDump::new(&sectors[(wrong - range.first) as usize]),
+            sector,
+            class,
+            expected: self.expected(sector),
+            got: SectorDump::new(&sectors[(sector - range.first) as usize]),
             wrong_sectors,
-            history: self.history.of_sector(wrong, self.state(wrong)),
+            history: self.history.of_sector(sector, self.state(sector)),
         })
     }
 }

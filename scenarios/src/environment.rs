@@ -56,7 +56,10 @@ impl Host {
 
 fn ublk_features() -> Vec<String> {
     let Ok(controller) = Controller::open() else { return Vec::new() };
-    vec![format!("{:?}", controller.features())]
+    // It prints as a number and, in brackets, the names.
+    let features = format!("{:?}", controller.features());
+    let names = features.split_once('[').map_or(features.as_str(), |(_, names)| names.trim_end_matches(']'));
+    names.split_ascii_whitespace().map(str::to_owned).collect()
 }
 
 /// Checks that a run can begin.

@@ -11,6 +11,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod aligned;
 pub mod cli;
 pub mod context;
 pub mod environment;

@@ -21,13 +21,15 @@ use ublkit_harness::{EventLoop, EventSink, Reporter, Seed, Verdict, Watchdog};
 use crate::cli::complain;
 use crate::context::{Context, Interruption, SharedEvidence};
 use crate::environment::{self, Host};
-use crate::runs::RunRecord;
+use crate::runs::StateDir;
 use crate::scenario::{Failure, Scenario};
 
 /// How long the last events may take to reach their readers once the run is lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long a run may take to end after it was asked to.
 const WIND_DOWN: Duration = Duration::from_secs(120);
+/// How long it may take to clean up after earlier runs.
+const CLEAN_UP: Duration = Duration::from_secs(60);
 
 /// Runs `scenario`, and returns the exit status of the process.
 pub(crate) fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<Duration>, args: &[OsString]) -> u8 {
@@ -110,7 +112,7 @@ fn begin(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -
         host: host.facts,
     }));
     let result = environment::check(&scenario.needs()).and_then(|()| watched(scenario, duration, ending));
-    conclude(result, ending)
+    conclude(&result, ending)
 }
 
 /// Runs the scenario with signals caught and the watchdog awake.
@@ -122,9 +124,17 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         let _unread = lost.sink.flush(LAST_WORDS);
         std::process::exit(code.into());
     });
-    let watchdog = Arc::new(watchdog.map_err(no_thread)?);
+    let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     let interruption = Interruption::default();
     let listener = Listener::start(interruption.clone(), ending.sink.clone(), Arc::clone(&watchdog))?;
+    let state = StateDir::default();
+    if scenario.needs().ublk {
+        let looking = watchdog.guard("clean up after earlier runs", CLEAN_UP);
+        for remark in state.clean_gone_runs() {
+            ending.sink.send(Event::note(remark));
+        }
+        drop(looking);
+    }
     let mut context = Context {
         seed: ending.seed,
         duration,
@@ -134,7 +144,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         evidence: ending.evidence.clone(),
         watchdog,
         interruption,
-        record: RunRecord::default(),
+        record: state.record(),
         detail: String::new(),
     };
     let mut result = match std::panic::catch_unwind(AssertUnwindSafe(|| scenario.run(&mut context))) {
@@ -144,11 +154,14 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     if let Err(failure) = &mut result {
         context.report(failure);
     }
+    if let Some(remark) = context.record.finish() {
+        context.note(remark);
+    }
     drop(listener);
     result
 }
 
-fn no_thread(error: io::Error) -> Failure {
+fn no_thread(error: &io::Error) -> Failure {
     Failure::Environment(format!("failed to start a thread: {error}"))
 }
 
@@ -161,8 +174,8 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
 }
 
 /// From what came back to the verdict.
-fn conclude(result: Result<(), Failure>, ending: &Ending) -> u8 {
-    let verdict = match &result {
+fn conclude(result: &Result<(), Failure>, ending: &Ending) -> u8 {
+    let verdict = match result {
         Ok(()) => None,
         Err(Failure::DeviceBroke(_)) => Some(Verdict::Fail),
         Err(failure @ Failure::Usage(_)) => {
@@ -212,7 +225,8 @@ impl Listener {
                 }
             }
         };
-        let thread = thread::Builder::new().name("signals".to_owned()).spawn(listen).map_err(no_thread)?;
+        let thread =
+            thread::Builder::new().name("signals".to_owned()).spawn(listen).map_err(|error| no_thread(&error))?;
         Ok(Self { done, thread: Some(thread) })
     }
 }

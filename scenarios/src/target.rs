@@ -156,7 +156,7 @@ impl TargetArgs {
     ///
     /// # Errors
     /// What the library says to the options, or what the environment lacks.
-    pub fn start(&self, context: &mut Context) -> Result<Target, Failure> {
+    pub fn start(&self, context: &Context) -> Result<Target, Failure> {
         let geometry = self.geometry();
         let storage: Arc<dyn Backend> = match self.backend {
             BackendKind::Memory => Arc::new(backends::Memory::with_geometry(geometry)),
@@ -169,7 +169,7 @@ impl TargetArgs {
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub fn serve(&self, context: &mut Context, storage: Storage, geometry: Geometry) -> Result<Target, Failure> {
+    pub fn serve(&self, context: &Context, storage: Storage, geometry: Geometry) -> Result<Target, Failure> {
         let sink = context.sink().clone();
         let device = Device::builder(Arc::clone(&storage.0))
             .geometry(geometry)
@@ -299,7 +299,7 @@ impl Target {
     /// # Errors
     /// That it did not end in time, that somebody still holds it, or the first error that its queues could not serve
     /// past.
-    pub fn close(self, context: &mut Context) -> Result<(), Failure> {
+    pub fn close(self, context: &Context) -> Result<(), Failure> {
         let id = self.device.id();
         let failed = self.device.first_error();
         let closed = self.device.close()?;

@@ -8,7 +8,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::Reporter;
-use super::text::Text;
+use super::text::{self, Text};
 use crate::event::{Event, Progress};
 
 /// How long a log stays without a sign of progress.
@@ -57,7 +57,7 @@ impl Terminal {
     }
 
     fn progress(&mut self, progress: &Progress) -> io::Result<()> {
-        let text = self.text.progress(progress);
+        let text = text::progress(progress);
         if let Some(bar) = &self.bar {
             if let Some(fraction) = progress.fraction {
                 if bar.length().is_none() {

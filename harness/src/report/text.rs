@@ -24,7 +24,7 @@ impl Text {
     /// The lines for `event`, without the newline after the last; none for what is of no interest later.
     pub(super) fn lines(self, event: &Event) -> Option<String> {
         Some(match event {
-            Event::Run(run) => self.run(run),
+            Event::Run(run) => opening(run),
             Event::StepStarted(_) | Event::Progress(_) => return None,
             Event::StepFinished(step) => self.step(step),
             Event::Mismatch(mismatch) => format!("{} {mismatch}", self.paint(Colour::Red, "mismatch:")),
@@ -46,25 +46,6 @@ impl Text {
         })
     }
 
-    /// One line that says how far the work has come.
-    pub(super) fn progress(self, progress: &Progress) -> String {
-        let Progress { what, ops, verified_bytes, ops_per_s, bytes_per_s, .. } = progress;
-        let verified = HumanBytes(*verified_bytes);
-        let speed = HumanBytes(*bytes_per_s as u64);
-        let share = progress.fraction.map_or(String::new(), |fraction| format!(", {:.0} %", fraction * 100.0));
-        format!("{what}: {ops} operations, {verified} verified, {ops_per_s:.0} op/s, {speed}/s{share}")
-    }
-
-    fn run(self, run: &Run) -> String {
-        let mut text = format!("{}: seed {}", run.scenario, run.seed);
-        let kernel = [("kernel", &run.kernel)].into_iter().filter(|(_, kernel)| !kernel.is_empty());
-        let about = kernel.chain(run.versions.iter().map(|(name, version)| (name.as_str(), version)));
-        text += &listed("\n  on: ", about.map(|(name, version)| format!("{name} {version}")));
-        text += &listed("\n  features: ", run.features.iter());
-        text += &listed("\n  options: ", run.options.iter().map(|(name, value)| format!("{name}={value}")));
-        text
-    }
-
     fn step(self, step: &StepFinished) -> String {
         let StepFinished { name, ok, detail, elapsed_ms, .. } = step;
         let mark = if *ok { self.paint(Colour::Green, "  ok  ") } else { self.paint(Colour::Red, "  FAIL") };
@@ -82,13 +63,31 @@ impl Text {
         let mut text =
             format!("{}: {}, seed {}", self.paint(colour, line.verdict.as_str()), line.scenario, line.seed);
         text += &listed("\n  evidence: ", line.evidence.iter().map(|(name, count)| format!("{name} {count}")));
-        text += &format!("\n  repro: {}", line.repro);
-        text
+        text + "\n  repro: " + &line.repro
     }
 
     fn paint(self, colour: Colour, text: &str) -> String {
         if self.colour { format!("\x1b[1;{}m{text}\x1b[0m", colour as u8) } else { text.to_owned() }
     }
+}
+
+/// One line that says how far the work has come.
+pub(super) fn progress(progress: &Progress) -> String {
+    let Progress { what, ops, verified_bytes, ops_per_s, bytes_per_s, .. } = progress;
+    let verified = HumanBytes(*verified_bytes);
+    let speed = HumanBytes(*bytes_per_s as u64);
+    let share = progress.fraction.map_or(String::new(), |fraction| format!(", {:.0} %", fraction * 100.0));
+    format!("{what}: {ops} operations, {verified} verified, {ops_per_s:.0} op/s, {speed}/s{share}")
+}
+
+fn opening(run: &Run) -> String {
+    let mut text = format!("{}: seed {}", run.scenario, run.seed);
+    let kernel = [("kernel", &run.kernel)].into_iter().filter(|(_, kernel)| !kernel.is_empty());
+    let about = kernel.chain(run.versions.iter().map(|(name, version)| (name.as_str(), version)));
+    text += &listed("\n  on: ", about.map(|(name, version)| format!("{name} {version}")));
+    text += &listed("\n  features: ", run.features.iter());
+    text += &listed("\n  options: ", run.options.iter().map(|(name, value)| format!("{name}={value}")));
+    text
 }
 
 /// `items` with commas between them after `head`; nothing when there are none.

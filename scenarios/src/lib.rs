@@ -20,6 +20,7 @@ pub mod runner;
 pub mod runs;
 pub mod scenario;
 pub mod target;
+pub mod torture;
 pub mod units;
 
 pub use context::{Context, SharedEvidence};

@@ -28,8 +28,6 @@ use crate::units::parse_bytes;
 
 /// How long a run goes on when nobody says.
 const DEFAULT_DURATION: Duration = Duration::from_secs(30);
-/// The largest region of one worker: what lies beyond is left alone, so that passes over the whole region stay short.
-const REGION_BYTES_MAX: u64 = 256 << 20;
 /// How often progress is told.
 const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 /// How long the last operations may take once the workers were told to end.
@@ -56,6 +54,10 @@ pub struct Args {
     /// How long operations are: `any`, or a fixed number of bytes
     #[arg(long, value_name = "BYTES", default_value = "any", value_parser = parse_io_size, help_heading = "Workload")]
     io_size: IoSize,
+    /// The largest region of a worker. Regions are spread over the device, the last one up to its end; small ones are
+    /// overwritten more often, and passes over them are shorter
+    #[arg(long, value_name = "BYTES", default_value = "16M", value_parser = parse_bytes, help_heading = "Workload")]
+    region: u64,
     /// Write every sector once before the random operations begin; always done where the content is not known
     #[arg(long, help_heading = "Workload")]
     prefill: bool,
@@ -94,6 +96,7 @@ impl Scenario for Args {
                 ("io_depth", json!(self.io_depth)),
                 ("mix", json!(self.mix.to_string())),
                 ("io_size", io_size),
+                ("region", json!(self.region)),
                 ("prefill", json!(self.prefill)),
                 ("passes", json!(!self.no_passes)),
             ]
@@ -170,7 +173,7 @@ impl Args {
         options.mix = self.mix.clone();
         options.size = self.io_size;
         options.capabilities = opened.capabilities;
-        let most = REGION_BYTES_MAX / ublkit_harness::SECTOR as u64;
+        let most = (self.region / opened.logical_block).max(1) * opened.logical_block / ublkit_harness::SECTOR as u64;
         let last = options.regions.len() - 1;
         for (index, region) in options.regions.iter_mut().enumerate() {
             let sectors = region.sectors.min(most);

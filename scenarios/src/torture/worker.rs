@@ -22,8 +22,10 @@ const STALL: Duration = Duration::from_secs(60);
 const REARM_EVERY: Duration = Duration::from_secs(1);
 /// How long one wait for completions lasts before the worker looks around.
 const LOOK_AROUND: Duration = Duration::from_millis(500);
-/// Passes over the whole region take at most one part in this many of a worker's time.
-const PASS_SHARE: u32 = 4;
+/// Passes over the whole region take about one part in this many of a worker's time.
+const PASS_SHARE: u32 = 5;
+/// Operations between two passes, at least.
+const PASS_EVERY: u64 = 500;
 /// Operations between two looks at the clock.
 const CLOCK_EVERY: u64 = 32;
 
@@ -51,6 +53,7 @@ macro_rules! tally {
             /// Adds the counts to the evidence of the run.
             pub(super) fn add_to(&self, evidence: &SharedEvidence) {
                 evidence.add("ops", self.ops());
+                evidence.add("verified_bytes", self.verified_bytes());
                 $(evidence.add(stringify!($name), self.$name.load(Ordering::Relaxed));)*
             }
         }
@@ -235,7 +238,10 @@ impl Worker {
         if self.shared.prefill {
             self.prefill(&mut flights)?;
         }
+        let began = Instant::now();
         self.draw(&mut flights)?;
+        // Summed over the workers: time in which they drew operations, without setting up and filling before.
+        Tally::count(&self.tally.draw_us, began.elapsed().as_micros() as u64);
         if self.shared.passes && !self.shared.stopped() {
             self.pass(&mut flights)?;
         }
@@ -264,6 +270,7 @@ impl Worker {
         let mut in_passes = Duration::ZERO;
         let mut begun = 0u64;
         let mut next_clock = CLOCK_EVERY;
+        let mut next_pass = PASS_EVERY;
         let mut held: Option<Op> = None;
         let mut ending = false;
         loop {
@@ -295,11 +302,12 @@ impl Worker {
                 next_clock = begun + CLOCK_EVERY;
                 let now = Instant::now();
                 ending |= self.shared.limits.until.is_some_and(|until| now >= until);
-                if self.shared.passes && !ending && in_passes * PASS_SHARE < now - began {
+                if self.shared.passes && !ending && begun >= next_pass && in_passes * PASS_SHARE <= now - began {
                     self.drain(flights)?;
                     let pass = Instant::now();
                     self.pass(flights)?;
                     in_passes += pass.elapsed();
+                    next_pass = begun + PASS_EVERY;
                 }
             }
         }

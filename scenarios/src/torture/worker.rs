@@ -72,7 +72,8 @@ tally!(
     compared_in_passes,
     passes,
     longer_than_max_io,
-    held_back
+    held_back,
+    draw_us
 );
 
 impl Tally {

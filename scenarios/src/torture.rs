@@ -1,6 +1,6 @@
 //! `torture`: seeded random I/O, every byte verified.
 //!
-//! Each worker owns a region of the device and a [`Shadow`] of it, and keeps many operations in flight through an io_uring
+//! Each worker owns a region of the device and a [shadow](ublkit_harness::Shadow) of it, and keeps many operations in flight through an io_uring
 //! of its own: reads, writes, flushes, FUA writes, discards, writes of zeroes, of any length and place that the device
 //! allows. What it reads is compared with the shadow at once; from time to time it reads its whole region. When all are
 //! done, everything is compared twice more: through a second opening of the device, and, for a device served here, in

@@ -20,6 +20,7 @@ pub mod probe;
 pub mod runner;
 mod runs;
 pub mod scenario;
+pub mod sysfs;
 pub mod target;
 pub mod units;
 

@@ -269,6 +269,12 @@ impl Storage {
         Self(backend)
     }
 
+    /// The backend itself.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.0
+    }
+
     /// Reads `buf` from `offset`, in bytes, past the device.
     ///
     /// # Errors

@@ -79,7 +79,7 @@ impl Args {
         let zero_read = device::window_bytes(self.target.size);
         for (name, minimum) in [
             ("zero_read_bytes", zero_read),
-            ("mapped_writes", 60),
+            ("mapped_writes", 100),
             ("storage_verified_bytes", zero_read),
             ("file_bytes_found_in_storage", 64 << 10),
             ("cold_read_bytes", 8 << 20),

@@ -21,7 +21,7 @@ use crate::units::format_bytes;
 /// Devices up to this size are looked at as a whole.
 const WHOLE_MAX: u64 = 1 << 30;
 /// Of larger ones, this much at each of several places.
-const WINDOW: u64 = 16 << 20;
+const WINDOW: u64 = 4 << 20;
 /// Bytes and sectors of an offset stop fitting 32 bits here.
 const BOUNDARIES: [u64; 2] = [1 << 32, 1 << 41];
 /// The size of the device for offsets beyond all of them: memory is used only where it is written.
@@ -29,7 +29,7 @@ const FAR_SIZE: u64 = 3 << 40;
 /// How much is read at a time.
 const READ_BYTES: u64 = 1 << 20;
 /// Seeded writes in each window.
-const WRITES: u64 = 64;
+const WRITES: u64 = 40;
 
 /// Every check of the device part, on a device that nobody has written to.
 pub(super) fn check(context: &mut Context, target: &Target) -> Result<(), Failure> {

@@ -151,6 +151,10 @@ pub struct DiscardLimits {
 /// (`ublk_validate_params()` in `drivers/block/ublk_drv.c`), so that a mistake is a message and not an `EINVAL`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is an attribute bit of the driver, independent of the others"
+)]
 pub struct Geometry {
     /// Size of the device: a multiple of the logical block, not 0.
     pub size: u64,

@@ -130,7 +130,7 @@ impl<B: Backend> Serve for ServeBackend<B> {
 pub struct BackendHandlerHandle<B>(BackendHandler<B>);
 
 impl<B: Backend> Handler for BackendHandlerHandle<B> {
-    #[inline]
+    #[inline(always)]
     fn handle(&mut self, request: crate::request::Request<'_>) {
         self.0.handle(request);
     }

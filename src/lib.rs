@@ -6,6 +6,8 @@ pub mod blkdev;
 mod builder;
 pub mod ctrl;
 mod device;
+#[cfg(feature = "driverless")]
+pub mod driverless;
 mod error;
 pub mod holders;
 pub mod orphan;
@@ -25,5 +27,6 @@ pub use device::{Closed, Deletion, Device};
 pub use error::{Error, ErrorKind, Result};
 pub use queue::Handler;
 pub use request::{DetachedRequest, Io, Operation, Request};
+pub use ring::client::{BlockClient, ZeroSpace};
 pub use signals::Signals;
 pub use stats::{Event, QueueStats};

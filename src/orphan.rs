@@ -162,16 +162,20 @@ pub fn clean_ids(controller: &Controller, ids: &[u32], grace: Duration) -> Resul
 }
 
 /// What is needed of the driver.
-trait Driver {
+trait Driver: Sync {
+    /// A character device that is open.
+    type Claim;
     /// State and server of a device; `None` if there is no such device.
     fn info(&self, id: u32) -> Result<Option<(State, i32)>>;
     /// Opens the character device at `path`, which only one can do at a time.
-    fn claim(&self, path: &Path) -> io::Result<fs::File>;
-    fn delete_async(&self, id: u32) -> Result<()>;
+    fn claim(&self, path: &Path) -> io::Result<Self::Claim>;
+    /// Removes the device's nodes, then waits until nobody has them open and the id is free.
     fn delete(&self, id: u32, deadline: Duration) -> Result<()>;
 }
 
 impl Driver for Controller {
+    type Claim = fs::File;
+
     fn info(&self, id: u32) -> Result<Option<(State, i32)>> {
         // Devices of unprivileged users want the second form.
         let info = self.get_dev_info(id).or_else(|error| match error.kind() {
@@ -187,10 +191,6 @@ impl Driver for Controller {
 
     fn claim(&self, path: &Path) -> io::Result<fs::File> {
         fs::OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)
-    }
-
-    fn delete_async(&self, id: u32) -> Result<()> {
-        Controller::delete_async(self, id)
     }
 
     fn delete(&self, id: u32, deadline: Duration) -> Result<()> {
@@ -369,22 +369,40 @@ impl<D: Driver> Survey<'_, D> {
             Ok(None) => return Outcome::Left("it went away meanwhile".into()),
             Err(error) => return Outcome::Left(format!("the driver would not describe it: {error}")),
         }
-        let deleted = self.driver.delete_async(device.id);
-        drop(claim);
+        self.delete(device, claim)
+    }
+
+    /// The kernel removes the character device first and then waits until nobody holds it: so the claim is kept up to there,
+    /// and no longer.
+    fn delete(&self, device: &Found, claim: D::Claim) -> Outcome {
+        let deleted = std::thread::scope(|scope| {
+            let deleting = std::thread::Builder::new()
+                .name("ublkit-orphan".into())
+                .spawn_scoped(scope, || self.driver.delete(device.id, GONE_LIMIT))
+                .map_err(|error| Error::io(&error, "start a thread to delete it"))?;
+            let deadline = Instant::now() + GONE_LIMIT;
+            while !deleting.is_finished()
+                && self.identity(device.id) == Some(device.identity)
+                && Instant::now() < deadline
+            {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            drop(claim);
+            deleting.join().unwrap_or_else(|_| Err(Error::new(ErrorKind::State, "delete it: the thread panicked")))
+        });
         match deleted {
-            Ok(()) => self.wait_until_gone(device),
-            // Before Linux 6.9, deletion waits for whoever holds the device, so that the claim had to go first.
-            Err(error) if error.kind() == ErrorKind::Unsupported => match self.driver.delete(device.id, GONE_LIMIT) {
-                Ok(()) => Outcome::Deleted,
-                Err(error) if error.kind() == ErrorKind::TimedOut => Outcome::Deleting,
-                Err(error) => Outcome::Failed(error),
-            },
+            Ok(()) => Outcome::Deleted,
+            Err(error)
+                if error.kind() == ErrorKind::TimedOut && self.identity(device.id) != Some(device.identity) =>
+            {
+                Outcome::Deleting
+            }
             Err(error) => Outcome::Failed(error),
         }
     }
 
     /// Opens the device's character node, after making sure that it is that of the device in sysfs.
-    fn claim(&self, id: u32) -> Result<fs::File, String> {
+    fn claim(&self, id: u32) -> Result<D::Claim, String> {
         let path = (self.node)(&self.roots, id);
         let node =
             Node::at(&path).map_err(|error| format!("{} cannot be used to claim it: {error}", path.display()))?;
@@ -395,21 +413,6 @@ impl<D: Driver> Survey<'_, D> {
             Some(libc::EBUSY) => format!("somebody has just opened {}", path.display()),
             _ => format!("{} cannot be opened to claim it: {error}", path.display()),
         })
-    }
-
-    fn wait_until_gone(&self, device: &Found) -> Outcome {
-        let deadline = Instant::now() + GONE_LIMIT;
-        loop {
-            // The driver knows the id until the last reference is gone; sysfs forgets it at once.
-            let reused = self.identity(device.id).is_some_and(|identity| identity != device.identity);
-            if reused || matches!(self.driver.info(device.id), Ok(None)) {
-                return Outcome::Deleted;
-            }
-            if Instant::now() >= deadline {
-                return Outcome::Deleting;
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
     }
 }
 
@@ -424,8 +427,9 @@ fn unheld(holders: &Holders) -> Result<(), String> {
 
 #[cfg(test)]
 mod tests {
-    use std::cell::{Cell, RefCell};
     use std::collections::BTreeMap;
+    use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+    use std::sync::{Arc, Mutex, MutexGuard};
 
     use nix::errno::Errno;
 
@@ -436,37 +440,55 @@ mod tests {
     /// Stands for the character device.
     const CHARACTER: &str = "/dev/zero";
 
+    type Devices = BTreeMap<u32, (State, i32)>;
+
     /// A driver whose devices are a table, and something that happens in the world at the nth look at a device.
     struct Fake<'a> {
-        devices: RefCell<BTreeMap<u32, (State, i32)>>,
-        deleted: RefCell<Vec<u32>>,
-        looks: Cell<u32>,
+        devices: Mutex<Devices>,
+        deleted: Mutex<Vec<u32>>,
+        looks: AtomicU32,
         at_look: u32,
-        happens: &'a dyn Fn(&Fake<'_>),
-        claimed_elsewhere: Cell<bool>,
-        asynchronous: bool,
+        happens: &'a (dyn Fn(&Fake<'_>) + Sync),
+        claimed_elsewhere: AtomicBool,
+        /// Held by whoever has the character device open, beside this.
+        open: Arc<()>,
+        /// The link in sysfs that goes when the device is deleted.
+        link: PathBuf,
     }
 
     impl<'a> Fake<'a> {
-        fn new(state: State, pid: i32) -> Self {
+        fn new(tree: &Tree, state: State, pid: i32) -> Self {
             Self {
-                devices: RefCell::new(BTreeMap::from([(3, (state, pid))])),
-                deleted: RefCell::default(),
-                looks: Cell::new(0),
+                devices: Mutex::new(BTreeMap::from([(3, (state, pid))])),
+                deleted: Mutex::default(),
+                looks: AtomicU32::new(0),
                 at_look: 0,
                 happens: &|_| {},
-                claimed_elsewhere: Cell::new(false),
-                asynchronous: true,
+                claimed_elsewhere: AtomicBool::new(false),
+                open: Arc::new(()),
+                link: tree.root.join("sys/class/ublk-char/ublkc3"),
             }
         }
 
-        fn then(mut self, at_look: u32, happens: &'a dyn Fn(&Fake<'_>)) -> Self {
+        fn then(mut self, at_look: u32, happens: &'a (dyn Fn(&Fake<'_>) + Sync)) -> Self {
             (self.at_look, self.happens) = (at_look, happens);
             self
         }
 
+        fn devices(&self) -> MutexGuard<'_, Devices> {
+            self.devices.lock().expect("not poisoned")
+        }
+
         fn set(&self, state: State, pid: i32) {
-            self.devices.borrow_mut().insert(3, (state, pid));
+            self.devices().insert(3, (state, pid));
+        }
+
+        fn deleted(&self) -> Vec<u32> {
+            self.deleted.lock().expect("not poisoned").clone()
+        }
+
+        fn is_open(&self) -> bool {
+            Arc::strong_count(&self.open) > 1
         }
 
         fn on<'b>(&'b self, tree: &Tree) -> Survey<'b, Self> {
@@ -479,31 +501,36 @@ mod tests {
     }
 
     impl Driver for Fake<'_> {
+        type Claim = Arc<()>;
+
         fn info(&self, id: u32) -> Result<Option<(State, i32)>> {
-            self.looks.set(self.looks.get() + 1);
-            if self.looks.get() == self.at_look {
+            if self.looks.fetch_add(1, Ordering::Relaxed) + 1 == self.at_look {
                 (self.happens)(self);
             }
-            Ok(self.devices.borrow().get(&id).copied())
+            Ok(self.devices().get(&id).copied())
         }
 
-        fn claim(&self, path: &Path) -> io::Result<fs::File> {
-            if self.claimed_elsewhere.get() {
+        fn claim(&self, _path: &Path) -> io::Result<Arc<()>> {
+            if self.claimed_elsewhere.load(Ordering::Relaxed) {
                 return Err(Errno::EBUSY.into());
             }
-            fs::File::open(path)
+            Ok(Arc::clone(&self.open))
         }
 
-        fn delete_async(&self, id: u32) -> Result<()> {
-            if !self.asynchronous {
-                return Err(Error::kernel(Errno::EOPNOTSUPP, "delete"));
+        /// As the kernel does it: remove the nodes, then wait for whoever has them open.
+        fn delete(&self, id: u32, deadline: Duration) -> Result<()> {
+            std::thread::sleep(SHORT);
+            assert!(self.is_open(), "deleted without a claim");
+            fs::remove_file(&self.link).expect("remove");
+            let deadline = Instant::now() + deadline;
+            while self.is_open() {
+                if Instant::now() >= deadline {
+                    return Err(Error::new(ErrorKind::TimedOut, "delete"));
+                }
+                std::thread::sleep(Duration::from_millis(1));
             }
-            self.delete(id, SHORT)
-        }
-
-        fn delete(&self, id: u32, _deadline: Duration) -> Result<()> {
-            self.deleted.borrow_mut().push(id);
-            self.devices.borrow_mut().remove(&id);
+            self.deleted.lock().expect("not poisoned").push(id);
+            self.devices().remove(&id);
             Ok(())
         }
     }
@@ -537,22 +564,20 @@ mod tests {
     #[test]
     fn without_the_driver_there_are_no_devices() {
         let tree = Tree::new("orphan-none");
-        assert!(Fake::new(State::Dead, -1).on(&tree).list(SHORT).expect("list").is_empty());
+        assert!(Fake::new(&tree, State::Dead, -1).on(&tree).list(SHORT).expect("list").is_empty());
     }
 
     #[test]
     fn a_dead_device_is_found_and_cleaned() {
         let tree = machine("dead");
-        for asynchronous in [true, false] {
-            let driver = Fake { asynchronous, ..Fake::new(State::Dead, -1) };
-            let survey = driver.on(&tree);
-            let found = survey.list(SHORT).expect("list");
-            assert_eq!(class(&found), Class::Dead, "{}", found[0]);
-            assert!(driver.deleted.borrow().is_empty(), "listing deletes nothing");
-            let cleaned = survey.clean(&found, |class| class == Class::Dead);
-            assert!(matches!(cleaned[0].outcome, Outcome::Deleted), "{}", cleaned[0]);
-            assert_eq!(*driver.deleted.borrow(), [3]);
-        }
+        let driver = Fake::new(&tree, State::Dead, -1);
+        let survey = driver.on(&tree);
+        let found = survey.list(SHORT).expect("list");
+        assert_eq!(class(&found), Class::Dead, "{}", found[0]);
+        assert!(driver.deleted().is_empty(), "listing deletes nothing");
+        let cleaned = survey.clean(&found, |class| class == Class::Dead);
+        assert!(matches!(cleaned[0].outcome, Outcome::Deleted), "{}", cleaned[0]);
+        assert_eq!(driver.deleted(), [3]);
     }
 
     #[test]
@@ -561,13 +586,13 @@ mod tests {
         let tree = machine("starting");
         tree.process(123, "server");
         tree.fd(123, 5, CHARACTER);
-        let driver = Fake::new(State::Dead, -1);
+        let driver = Fake::new(&tree, State::Dead, -1);
         let found = driver.on(&tree).list(SHORT).expect("list");
         assert_eq!(class(&found), Class::Starting);
         assert!(found[0].reason.contains("pid 123 (server) fd 5"), "{}", found[0]);
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "starting");
         left(&driver.on(&tree).clean_ids(&[3], SHORT).expect("clean"), "held by pid 123");
-        assert!(driver.deleted.borrow().is_empty());
+        assert!(driver.deleted().is_empty());
     }
 
     #[test]
@@ -577,35 +602,35 @@ mod tests {
             tree.process(123, "server");
             tree.fd(123, 5, CHARACTER);
         };
-        let driver = Fake::new(State::Dead, -1).then(2, &open);
+        let driver = Fake::new(&tree, State::Dead, -1).then(2, &open);
         assert_eq!(class(&driver.on(&tree).list(SHORT).expect("list")), Class::Starting);
 
         let tree = machine("young-live");
-        let driver = Fake::new(State::Dead, -1).then(2, &|driver| driver.set(State::Live, 123));
+        let driver = Fake::new(&tree, State::Dead, -1).then(2, &|driver| driver.set(State::Live, 123));
         assert_eq!(class(&driver.on(&tree).list(SHORT).expect("list")), Class::Served);
     }
 
     #[test]
     fn a_device_that_is_opened_or_started_after_it_was_listed_is_left_alone() {
         let tree = machine("late");
-        let driver = Fake::new(State::Dead, -1);
+        let driver = Fake::new(&tree, State::Dead, -1);
         let found = driver.on(&tree).list(SHORT).expect("list");
-        driver.claimed_elsewhere.set(true);
+        driver.claimed_elsewhere.store(true, Ordering::Relaxed);
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "just opened");
-        driver.claimed_elsewhere.set(false);
+        driver.claimed_elsewhere.store(false, Ordering::Relaxed);
         driver.set(State::Live, 123);
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "LIVE now");
         tree.process(123, "server");
         tree.fd(123, 5, CHARACTER);
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "held by pid 123");
-        assert!(driver.deleted.borrow().is_empty());
+        assert!(driver.deleted().is_empty());
     }
 
     #[test]
     fn a_device_served_from_another_mount_namespace_is_left_alone() {
         let tree = machine("namespace");
         // Started: no node of it is to be seen from here, neither in /dev nor in any process.
-        let driver = Fake::new(State::Live, 123);
+        let driver = Fake::new(&tree, State::Live, 123);
         let found = driver.on(&tree).list(SHORT).expect("list");
         assert_eq!(class(&found), Class::Served);
         left(&driver.on(&tree).clean_ids(&[3], SHORT).expect("clean"), "served");
@@ -615,7 +640,7 @@ mod tests {
         tree.fd(123, 5, tree.root.join("container/dev/u").to_str().expect("text"));
         driver.set(State::Dead, -1);
         assert_eq!(class(&driver.on(&tree).list(SHORT).expect("list")), Class::Starting);
-        assert!(driver.deleted.borrow().is_empty());
+        assert!(driver.deleted().is_empty());
     }
 
     #[test]
@@ -623,11 +648,11 @@ mod tests {
         let tree = machine("pid-namespace");
         tree.link("proc/self/ns/pid", "pid:[4026532000]");
         for state in [State::Dead, State::Quiesced, State::FailIo] {
-            let driver = Fake::new(state, -1);
+            let driver = Fake::new(&tree, state, -1);
             let found = driver.on(&tree).list(SHORT).expect("list");
             assert_eq!(class(&found), Class::Starting);
             left(&driver.on(&tree).clean_ids(&[3], SHORT).expect("clean"), "outside this pid namespace");
-            assert!(driver.deleted.borrow().is_empty());
+            assert!(driver.deleted().is_empty());
         }
     }
 
@@ -639,9 +664,9 @@ mod tests {
         tree.process(pid, "sleep");
         tree.fd(pid, 0, "/dev/null");
         // The server is another process; the driver's number leads to one that has nothing to do with it.
-        let driver = Fake::new(State::Live, pid);
+        let driver = Fake::new(&tree, State::Live, pid);
         left(&driver.on(&tree).clean_ids(&[3], SHORT).expect("clean"), "served");
-        assert!(driver.deleted.borrow().is_empty());
+        assert!(driver.deleted().is_empty());
         // The number of a living process does not keep a dead device.
         driver.set(State::Dead, pid);
         let found = driver.on(&tree).list(SHORT).expect("list");
@@ -656,16 +681,16 @@ mod tests {
     #[test]
     fn an_id_that_was_used_again_is_left_alone() {
         let tree = machine("id");
-        let driver = Fake::new(State::Dead, -1);
+        let driver = Fake::new(&tree, State::Dead, -1);
         let found = driver.on(&tree).list(SHORT).expect("list");
         assert_eq!(class(&found), Class::Dead);
         device(&tree, "second");
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "another device");
-        assert!(driver.deleted.borrow().is_empty());
+        assert!(driver.deleted().is_empty());
 
         // Within the grace period: the new device's begins anew.
         let reuse = |_: &Fake<'_>| device(&tree, "third");
-        let driver = Fake::new(State::Dead, -1).then(1, &reuse);
+        let driver = Fake::new(&tree, State::Dead, -1).then(1, &reuse);
         let found = driver.on(&tree).list(SHORT).expect("list");
         assert_eq!(class(&found), Class::Starting);
         assert!(found[0].reason.contains("new"), "{}", found[0]);
@@ -677,11 +702,12 @@ mod tests {
     fn a_recoverable_device_goes_only_by_id() {
         let tree = machine("recoverable");
         for state in [State::Quiesced, State::FailIo] {
-            let driver = Fake::new(state, -1);
+            device(&tree, "first");
+            let driver = Fake::new(&tree, state, -1);
             let found = driver.on(&tree).list(SHORT).expect("list");
             assert_eq!(class(&found), Class::Recoverable);
             left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "recoverable");
-            assert!(driver.deleted.borrow().is_empty());
+            assert!(driver.deleted().is_empty());
             let cleaned = driver.on(&tree).clean_ids(&[9, 3], SHORT).expect("clean");
             assert_eq!((cleaned[0].id, cleaned[1].id), (9, 3));
             assert!(matches!(cleaned[0].outcome, Outcome::Left(_)) && matches!(cleaned[1].outcome, Outcome::Deleted));
@@ -691,12 +717,12 @@ mod tests {
     #[test]
     fn a_device_whose_node_is_missing_or_anothers_is_left_alone() {
         let tree = machine("node");
-        let driver = Fake::new(State::Dead, -1);
+        let driver = Fake::new(&tree, State::Dead, -1);
         let found = driver.on(&tree).list(SHORT).expect("list");
         tree.link("dev/ublkc3", "/dev/null");
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "another device");
         fs::remove_file(tree.root.join("dev/ublkc3")).expect("remove");
         left(&driver.on(&tree).clean(&found, |class| class == Class::Dead), "cannot be used");
-        assert!(driver.deleted.borrow().is_empty());
+        assert!(driver.deleted().is_empty());
     }
 }

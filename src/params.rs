@@ -20,7 +20,7 @@ pub(crate) fn check_shape(queues: u16, depth: u16, max_io_bytes: u32, id: Option
     if !(1..=ublk::MAX_QUEUE_DEPTH).contains(&depth) {
         return Err(Error::invalid(format!("queue depth {depth}: choose 1 to {}", ublk::MAX_QUEUE_DEPTH)));
     }
-    if max_io_bytes % page != 0 || !(page..=ublk::MAX_IO_BUF_BYTES).contains(&max_io_bytes) {
+    if !max_io_bytes.is_multiple_of(page) || !(page..=ublk::MAX_IO_BUF_BYTES).contains(&max_io_bytes) {
         return Err(Error::invalid(format!(
             "largest I/O of {max_io_bytes} bytes: choose a multiple of the page size ({page}) up to {}",
             ublk::MAX_IO_BUF_BYTES
@@ -47,7 +47,7 @@ pub(crate) fn check_geometry(geometry: &Geometry) -> Result<()> {
              to {MAX_SHIFTED}"
         )));
     }
-    if size == 0 || size % u64::from(logical_block) != 0 || i64::try_from(size).is_err() {
+    if size == 0 || !size.is_multiple_of(u64::from(logical_block)) || i64::try_from(size).is_err() {
         return Err(Error::invalid(format!(
             "size of {size} bytes: choose a multiple of the logical block ({logical_block}), above 0 and below 2^63"
         )));
@@ -66,13 +66,13 @@ pub(crate) fn check_geometry(geometry: &Geometry) -> Result<()> {
     }
     if let Some(limits) = geometry.discard {
         check_range_limit("discard", limits.max_bytes, logical_block)?;
-        if limits.granularity < logical_block || limits.granularity % logical_block != 0 {
+        if limits.granularity < logical_block || !limits.granularity.is_multiple_of(logical_block) {
             return Err(Error::invalid(format!(
                 "discard granularity of {} bytes: choose a multiple of the logical block ({logical_block})",
                 limits.granularity
             )));
         }
-        if limits.alignment % logical_block != 0 || limits.alignment >= limits.granularity {
+        if !limits.alignment.is_multiple_of(logical_block) || limits.alignment >= limits.granularity {
             return Err(Error::invalid(format!(
                 "discard alignment of {} bytes: choose a multiple of the logical block ({logical_block}) below the \
                  granularity ({})",
@@ -88,7 +88,7 @@ pub(crate) fn check_geometry(geometry: &Geometry) -> Result<()> {
 
 fn check_range_limit(name: &str, max_bytes: u64, logical_block: u32) -> Result<()> {
     // The block layer counts a bio's bytes in 32 bits.
-    if max_bytes == 0 || max_bytes % u64::from(logical_block) != 0 || max_bytes > u64::from(u32::MAX) {
+    if max_bytes == 0 || !max_bytes.is_multiple_of(u64::from(logical_block)) || max_bytes > u64::from(u32::MAX) {
         return Err(Error::invalid(format!(
             "largest {name} of {max_bytes} bytes: choose a multiple of the logical block ({logical_block}), above 0 and \
              below 4 GiB"

@@ -60,17 +60,21 @@ impl<H: Handler> Queue<H> {
 
     /// Serves until the driver takes the tags back, or the queue is abandoned, or it fails.
     pub(crate) fn serve(&mut self) -> Result<(), Error> {
-        loop {
-            self.enter(true)?;
-            self.batch();
-            if self.tags.failure().is_some() || self.tags.abandoned() || self.tags.stopping() {
-                self.check()?;
-                if self.tags.abandoned() || !self.tags.owns_requests() {
-                    // What was committed in this batch still has to reach the driver.
-                    return self.enter(false);
-                }
-            }
+        while self.turn()? {}
+        // What was committed in the last batch still has to reach the driver.
+        self.enter(false)
+    }
+
+    /// Waits for a batch and serves it. Returns whether there may be another.
+    #[inline]
+    pub(crate) fn turn(&mut self) -> Result<bool, Error> {
+        self.enter(true)?;
+        self.batch();
+        if self.tags.failure().is_some() || self.tags.abandoned() || self.tags.stopping() {
+            self.check()?;
+            return Ok(!self.tags.abandoned() && self.tags.owns_requests());
         }
+        Ok(true)
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {

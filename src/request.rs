@@ -57,7 +57,7 @@ pub struct Io {
 }
 
 impl Io {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(queue: u16, tag: u16, descriptor: IoDesc) -> Self {
         let IoDesc { op_flags, nr_sectors, start_sector, .. } = descriptor;
         Self { op_flags, sectors: nr_sectors, start_sector, queue, tag }
@@ -150,7 +150,7 @@ impl Io {
     }
 
     /// Bytes of data that move with the request; 0 unless it is a read or a write.
-    #[inline]
+    #[inline(always)]
     fn data_len(&self) -> usize {
         match self.operation() {
             Operation::Read | Operation::Write => self.len() as usize,
@@ -159,9 +159,12 @@ impl Io {
     }
 
     /// The result code of a success.
-    #[inline]
+    ///
+    /// A read or write says how many bytes it moved, which is at most 32 MiB; of everything else the driver only wants to
+    /// know that it is not negative, so there is no need to ask which it is.
+    #[inline(always)]
     fn success(&self) -> i32 {
-        self.data_len() as i32
+        (self.len() & i32::MAX as u64) as i32
     }
 
     fn user_copy_offset(&self, offset: usize) -> u64 {
@@ -177,6 +180,27 @@ fn user_copy_in(device: &File, io: &Io, buffer: &mut [u8], offset: usize) -> io:
 /// Delivers a read's data in user-copy mode.
 fn user_copy_out(device: &File, io: &Io, buffer: &[u8], offset: usize) -> io::Result<()> {
     device.write_all_at(buffer, io.user_copy_offset(offset))
+}
+
+/// Fetches a write's data in user-copy mode, into the tag's buffer.
+#[inline(never)]
+fn fetch(tags: &mut Tags, io: Io) -> io::Result<()> {
+    let device = Arc::clone(tags.character_device());
+    user_copy_in(&device, &io, tags.buffer_mut(io.tag, io.data_len()), 0)
+}
+
+/// Delivers a read's data in user-copy mode, from the tag's buffer, and returns the request's result.
+#[inline(never)]
+fn deliver(tags: &mut Tags, shared: &QueueShared, io: Io) -> i32 {
+    let device = Arc::clone(tags.character_device());
+    let buffer = tags.buffer_mut(io.tag, io.data_len());
+    match user_copy_out(&device, &io, buffer, 0) {
+        Ok(()) => io.success(),
+        Err(error) => {
+            shared.count_failed();
+            result_code(&error)
+        }
+    }
 }
 
 /// The queue ended before the request did.
@@ -239,7 +263,7 @@ pub struct Request<'q> {
 }
 
 impl<'q> Request<'q> {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(tags: &'q mut Tags, shared: &'q Arc<QueueShared>, io: Io) -> Self {
         Self { tags, shared, io, fetched: false }
     }
@@ -250,66 +274,49 @@ impl<'q> Request<'q> {
     ///
     /// # Errors
     /// In user-copy mode, fetching the data failed: the request can then only be failed.
-    #[inline]
+    #[inline(always)]
     pub fn data(&mut self) -> io::Result<&[u8]> {
         if self.operation() != Operation::Write {
             return Ok(&[]);
         }
-        let copying = self.tags.copying();
-        let device = (copying == Copying::User && !self.fetched).then(|| Arc::clone(self.tags.character_device()));
-        let buffer = self.tags.buffer_mut(self.io.tag, self.io.data_len());
-        if let Some(device) = device {
-            user_copy_in(&device, &self.io, buffer, 0)?;
+        if self.tags.copying() == Copying::User && !self.fetched {
+            fetch(self.tags, self.io)?;
             self.fetched = true;
         }
-        Ok(buffer)
+        Ok(self.tags.buffer_mut(self.io.tag, self.io.len() as usize))
     }
 
     /// The buffer that a read is to fill; empty for every other operation. It holds what an earlier request left there.
-    #[inline]
+    #[inline(always)]
     pub fn buffer(&mut self) -> &mut [u8] {
         if self.operation() != Operation::Read {
             return &mut [];
         }
-        self.tags.buffer_mut(self.io.tag, self.io.data_len())
+        self.tags.buffer_mut(self.io.tag, self.io.len() as usize)
     }
 
     /// Completes the request with success: all of its range was served.
-    #[inline]
+    #[inline(always)]
     pub fn complete(self) {
         let mut this = ManuallyDrop::new(self);
-        let mut result = this.io.success();
-        if this.tags.copying() == Copying::User && this.operation() == Operation::Read {
-            result = this.deliver();
+        let Self { tags, shared, io, .. } = &mut *this;
+        let mut result = io.success();
+        if tags.copying() == Copying::User && io.operation() == Operation::Read {
+            result = deliver(tags, shared, *io);
         }
-        let tag = this.io.tag;
-        this.tags.commit(tag, result);
-    }
-
-    #[inline(never)]
-    fn deliver(&mut self) -> i32 {
-        let device = Arc::clone(self.tags.character_device());
-        let buffer = self.tags.buffer_mut(self.io.tag, self.io.data_len());
-        match user_copy_out(&device, &self.io, buffer, 0) {
-            Ok(()) => self.io.success(),
-            Err(error) => {
-                self.shared.count_failed();
-                result_code(&error)
-            }
-        }
+        tags.commit(io.tag, result);
     }
 
     /// Completes the request with an error: see [`result_code`] for the errno that arrives.
-    #[cold]
+    #[inline(always)]
     pub fn fail(self, error: &io::Error) {
         let mut this = ManuallyDrop::new(self);
-        this.shared.count_failed();
-        let tag = this.io.tag;
-        this.tags.commit(tag, result_code(error));
+        let Self { tags, shared, io, .. } = &mut *this;
+        fail_request(tags, shared, *io, error);
     }
 
     /// Completes the request with what a backend returned.
-    #[inline]
+    #[inline(always)]
     pub fn finish(self, result: io::Result<()>) {
         match result {
             Ok(()) => self.complete(),
@@ -318,26 +325,40 @@ impl<'q> Request<'q> {
     }
 
     /// Frees the request from its queue's thread, to be completed later or elsewhere.
+    #[inline(always)]
     pub fn detach(self) -> DetachedRequest {
         let mut this = ManuallyDrop::new(self);
-        let tag = this.io.tag;
-        let device = (this.tags.copying() == Copying::User).then(|| Arc::downgrade(this.tags.character_device()));
-        DetachedRequest {
-            loan: Some(this.tags.lend(tag)),
-            shared: Arc::clone(this.shared),
-            device,
-            io: this.io,
-            fetched: this.fetched,
-        }
+        let Self { tags, shared, io, fetched } = &mut *this;
+        detach_request(tags, shared, *io, *fetched)
     }
 }
 
+#[inline(never)]
+fn detach_request(tags: &mut Tags, shared: &Arc<QueueShared>, io: Io, fetched: bool) -> DetachedRequest {
+    let device = (tags.copying() == Copying::User).then(|| Arc::downgrade(tags.character_device()));
+    DetachedRequest { loan: Some(tags.lend(io.tag)), shared: Arc::clone(shared), device, io, fetched }
+}
+
 impl Drop for Request<'_> {
-    #[cold]
+    // Inlined down to a call by value: a request whose address is taken lives in memory on the hot path too.
+    #[inline(always)]
     fn drop(&mut self) {
-        self.shared.dropped(self.io);
-        self.tags.commit(self.io.tag, -(Errno::EIO as i32));
+        drop_request(self.tags, self.shared, self.io);
     }
+}
+
+#[cold]
+#[inline(never)]
+fn drop_request(tags: &mut Tags, shared: &QueueShared, io: Io) {
+    shared.dropped(io);
+    tags.commit(io.tag, -(Errno::EIO as i32));
+}
+
+#[cold]
+#[inline(never)]
+fn fail_request(tags: &mut Tags, shared: &QueueShared, io: Io, error: &io::Error) {
+    shared.count_failed();
+    tags.commit(io.tag, result_code(error));
 }
 
 /// A request away from its queue's thread. The rules are those of [`Request`].

@@ -25,19 +25,19 @@ trait Served: Sized {
 macro_rules! served {
     ($type:ty) => {
         impl Served for $type {
-            #[inline]
+            #[inline(always)]
             fn io(&self) -> Io {
                 <$type>::io(self)
             }
-            #[inline]
+            #[inline(always)]
             fn data(&mut self) -> io::Result<&[u8]> {
                 <$type>::data(self)
             }
-            #[inline]
+            #[inline(always)]
             fn buffer(&mut self) -> &mut [u8] {
                 <$type>::buffer(self)
             }
-            #[inline]
+            #[inline(always)]
             fn finish(self, result: io::Result<()>) {
                 <$type>::finish(self, result);
             }
@@ -48,7 +48,7 @@ served!(Request<'_>);
 served!(DetachedRequest);
 
 /// Serves one request by calling a backend.
-#[inline]
+#[inline(always)]
 fn serve<B: Backend + ?Sized>(backend: &B, mut request: impl Served) {
     let io = request.io();
     let result = match io.operation() {
@@ -81,7 +81,7 @@ impl<B: Backend> BackendHandler<B> {
 }
 
 impl<B: Backend> Handler for BackendHandler<B> {
-    #[inline]
+    #[inline(always)]
     fn handle(&mut self, request: Request<'_>) {
         match &mut self.offload {
             None => serve(&*self.backend, request),

@@ -1,1 +1,51 @@
-//! Oracles for block devices.
+//! Oracles for block devices: say what a device may hold, look at what it holds, and name the difference.
+//!
+//! Nothing in this crate opens a device, needs a kernel feature or needs root; every part can be tested anywhere.
+//! A program that drives a device puts the parts together like this:
+//!
+//! 1. [`Seed`] is the one source of randomness; every part derives its own stream from it.
+//! 2. [`Plan`] turns a seed and [`PlanOptions`] into one deterministic stream of [`Op`]s per worker.
+//! 3. [`Shadow`] knows what each sector of a worker's region may hold. It fills the payload of writes from a
+//!    [`Pattern`] of self-describing sectors and checks what reads return.
+//! 4. A wrong sector becomes a [`Mismatch`] with a [`Class`]: lost, misdirected, torn, a flipped bit, …
+//! 5. Everything that happens is an [`Event`] in one linear stream, sent through an [`EventSink`]; reporters only
+//!    read it.
+//! 6. [`Evidence`] counts the work done, and a run that did too little is vacuous, not a pass.
+//! 7. [`MutantBackend`] plants a known bug, to see that it is found; [`Observed`] counts what reached a backend.
+//! 8. [`Watchdog`] ends what does not end by itself and says where every thread stood.
+//!
+//! Sectors are always 512 bytes and are counted in `u64`; a length in bytes says so in its name.
+
+#![forbid(unsafe_code)]
+
+pub mod classify;
+mod decode;
+pub mod event;
+pub mod mismatch;
+pub mod mutant;
+pub mod observe;
+pub mod plan;
+pub mod range;
+pub mod report;
+pub mod sector;
+pub mod seed;
+pub mod shadow;
+pub mod threads;
+pub mod vacuity;
+pub mod verdict;
+pub mod watchdog;
+
+pub use classify::{Class, Content, Expected};
+pub use event::Event;
+pub use mismatch::Mismatch;
+pub use mutant::{Mutant, MutantBackend};
+pub use observe::Observed;
+pub use plan::{Capabilities, IoSize, Mix, Op, OpKind, Plan, PlanOptions};
+pub use range::SectorRange;
+pub use report::{EventLoop, EventSink, Reporter};
+pub use sector::{Generation, Pattern, SECTOR};
+pub use seed::{Seed, SeededRng};
+pub use shadow::{Access, DiscardPromise, Outcome, Shadow, ShadowOptions, Ticket, Verified};
+pub use vacuity::Evidence;
+pub use verdict::Verdict;
+pub use watchdog::{Deadline, Guard, HangReport, Watchdog, WatchdogOptions};

@@ -1,1 +1,27 @@
-//! Scenarios.
+//! Scenarios that try to break a block device, and the program `ublk-torture` that runs them.
+//!
+//! A [`Scenario`] is its own command-line arguments plus a `run` function. The [registry](scenario::SCENARIOS) lists
+//! them; [`cli`] builds the command line from it; [`runner`] gives each a [`Context`] and turns what comes back into a
+//! verdict, an exit status and a report. A scenario is written against `Context` alone:
+//!
+//! - [`Context::step`] for everything that can be told apart: it has a name, a deadline, and ends in an event;
+//! - [`Context::evidence`] for the work that makes the run meaningful;
+//! - [`TargetArgs::start`](target::TargetArgs::start) for a device to try it on, with a look into its storage;
+//! - [`Failure`] for everything that can end a run early.
+
+#![forbid(unsafe_code)]
+
+pub mod aligned;
+pub mod cli;
+pub mod context;
+pub mod environment;
+pub mod probe;
+pub mod runner;
+pub mod runs;
+pub mod scenario;
+pub mod target;
+pub mod units;
+
+pub use context::{Context, SharedEvidence};
+pub use scenario::{Failure, Scenario};
+pub use target::{Target, TargetArgs};

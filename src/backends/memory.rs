@@ -335,6 +335,17 @@ mod tests {
         assert_eq!(disk.allocated_bytes(), 0);
     }
 
+    /// A discard that begins in the middle of an empty range must not step over the beginning of what comes after it.
+    #[test]
+    fn a_gap_is_stepped_over_to_its_end_and_no_further() {
+        for unit in [LEAF, BRANCH, TRUNK] {
+            let disk = Memory::new(3 * unit);
+            disk.write_at(&[1; 512], 2 * unit, WriteFlags::NONE).expect("write");
+            disk.discard(unit + unit / 2, 2 * unit - unit / 2).expect("discard");
+            assert_eq!((read_back(&disk, 2 * unit, 512), disk.allocated_bytes()), (vec![0; 512], 0), "after {unit}");
+        }
+    }
+
     #[test]
     fn the_largest_device_works_or_says_enomem_and_nothing_wraps() {
         let disk = Memory::new(!511);
@@ -393,6 +404,31 @@ mod tests {
             done.store(true, Ordering::Relaxed);
         });
         assert!(reads.into_inner() > 100, "too few reads to mean anything");
+    }
+
+    #[test]
+    fn a_chunk_is_written_and_read_as_one() {
+        let disk = Memory::new(3 * CHUNK);
+        let done = AtomicBool::new(false);
+        let torn = std::thread::scope(|scope| {
+            scope.spawn(|| {
+                for value in (0..=255_u8).cycle() {
+                    disk.write_at(&vec![value; CHUNK as usize], CHUNK, WriteFlags::NONE).expect("write");
+                    if done.load(Ordering::Relaxed) {
+                        break;
+                    }
+                }
+            });
+            let started = Instant::now();
+            let mut torn = 0;
+            while started.elapsed() < Duration::from_millis(300) {
+                let data = read_back(&disk, CHUNK, CHUNK as usize);
+                torn += u32::from(data.iter().any(|&byte| byte != data[0]));
+            }
+            done.store(true, Ordering::Relaxed);
+            torn
+        });
+        assert_eq!(torn, 0, "reads with parts of two writes");
     }
 
     /// Four threads, each in its own blocks of shared chunks: none may disturb another.

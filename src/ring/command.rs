@@ -5,10 +5,9 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
-use io_uring::{opcode, squeue, types};
-
-use super::{Issuer, Ring};
+use super::{Kind, Ring};
 use crate::sys::ublk::CtrlCmd;
+use crate::sys::uring::{self, Sqe};
 
 /// How often a waiting command looks whether it was called off.
 const SLICE: Duration = Duration::from_millis(20);
@@ -32,12 +31,12 @@ pub(crate) enum Outcome {
 /// A ring for control commands.
 #[derive(Debug)]
 pub(crate) struct CommandRing {
-    ring: Ring<squeue::Entry128>,
+    ring: Ring,
 }
 
 impl CommandRing {
     pub(crate) fn new() -> io::Result<Self> {
-        Ok(Self { ring: Ring::new(4, Issuer::AnyThread)? })
+        Ok(Self { ring: Ring::new(4, Kind::Commands)? })
     }
 
     /// Runs one command and hands the ring back if it can be used again.
@@ -59,13 +58,19 @@ impl CommandRing {
             command.addr = payload.as_mut_ptr() as u64;
             command.len = payload.len() as u16;
         }
-        let entry = opcode::UringCmd80::new(types::Fd(control.as_fd().as_raw_fd()), operation)
-            .cmd(command.to_bytes())
-            .build()
-            .user_data(COMMAND);
-        // SAFETY: the only memory named is `payload`, which stays where it is until the kernel has answered, or is
-        // leaked below when it does not.
-        assert!(unsafe { self.ring.push(&entry) }, "a command ring runs one command at a time");
+        let words = command.to_words();
+        let entry = Sqe {
+            opcode: uring::OP_URING_CMD,
+            fd: control.as_fd().as_raw_fd(),
+            off: u64::from(operation),
+            user_data: COMMAND,
+            cmd: [words[0], words[1]],
+            ..Sqe::default()
+        };
+        let rest = [words[2], words[3], 0, 0, 0, 0, 0, 0];
+        // SAFETY: the only memory named is `payload`, which stays where it is until the kernel has answered, or is leaked below
+        // when it does not.
+        unsafe { self.ring.push_wide(&entry, rest) };
 
         let mut answer = None;
         let mut pending = 1;
@@ -77,11 +82,16 @@ impl CommandRing {
                 break;
             }
             if cancel_until.is_none() && (now >= deadline || called_off()) {
-                let cancel = opcode::AsyncCancel::new(COMMAND).build().user_data(CANCEL);
-                // SAFETY: a cancel names no memory.
-                if unsafe { self.ring.push(&cancel.into()) } {
-                    pending += 1;
-                }
+                let cancel = Sqe {
+                    opcode: uring::OP_ASYNC_CANCEL,
+                    fd: -1,
+                    addr: COMMAND,
+                    user_data: CANCEL,
+                    ..Sqe::default()
+                };
+                // SAFETY: a cancel names no memory: its `addr` is the user data of what it cancels.
+                unsafe { self.ring.push_wide(&cancel, [0; 8]) };
+                pending += 1;
                 cancel_until = Some(now + CANCEL_PATIENCE);
                 continue;
             }
@@ -93,8 +103,8 @@ impl CommandRing {
             }
             while let Some(cqe) = self.ring.next() {
                 pending -= 1;
-                if cqe.user_data() == COMMAND {
-                    answer = Some(cqe.result());
+                if cqe.user_data == COMMAND {
+                    answer = Some(cqe.result);
                 }
             }
             if pending == 0 {

@@ -10,16 +10,16 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
 
-use io_uring::{cqueue, opcode, types};
 use nix::errno::Errno;
 use nix::poll::PollFlags;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
-use super::{Issuer, Ring};
+use super::{Kind, Ring};
 use crate::sys::map::Map;
 use crate::sys::ublk::{self, IoCmd, IoDesc};
+use crate::sys::uring::{self, Sqe};
 
-/// Completion tag of the wake-up poll; above every ublk tag.
+/// User data of the wake-up poll; above every tag.
 const WAKE: u64 = 1 << 32;
 
 /// Who holds a tag.
@@ -134,15 +134,22 @@ pub(crate) enum Copying {
     User,
 }
 
+/// What is kept per tag.
+#[derive(Clone, Copy, Debug)]
+struct Slot {
+    /// The tag's COMMIT, complete but for the result.
+    commit: Sqe,
+    owner: Owner,
+}
+
 /// The tags of one queue, on a ring of their own.
 #[derive(Debug)]
 pub(crate) struct Tags {
     ring: Ring,
     queue: u16,
-    depth: u16,
     copying: Copying,
     descriptors: Map,
-    owners: Box<[Owner]>,
+    slots: Box<[Slot]>,
     shared: Arc<Shared>,
     character_device: Arc<File>,
     /// Loans that are out.
@@ -166,15 +173,30 @@ impl Tags {
         assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
         assert!(shared.results.len() == usize::from(depth), "a buffer for every tag");
         // One command per tag, the wake-up poll, and its removal.
-        let ring = Ring::new(u32::from(depth) + 2, Issuer::ThisThread)?;
+        let ring = Ring::new(u32::from(depth) + 2, Kind::ThisThread)?;
         ring.register_files(&[character_device.as_fd()])?;
+        let commit = |tag| {
+            let addr = match copying {
+                Copying::Driver => shared.buffer_address(tag) as u64,
+                Copying::User => 0,
+            };
+            Sqe {
+                opcode: uring::OP_URING_CMD,
+                flags: uring::SQE_FIXED_FILE,
+                fd: 0,
+                off: u64::from(ublk::IO_COMMIT_AND_FETCH_REQ),
+                user_data: u64::from(tag),
+                cmd: IoCmd { q_id: queue, tag, result: 0, addr }.to_words(),
+                ..Sqe::default()
+            }
+        };
+        let slots = (0..depth).map(|tag| Slot { commit: commit(tag), owner: Owner::Driver }).collect();
         Ok(Self {
             ring,
             queue,
-            depth,
             copying,
             descriptors,
-            owners: vec![Owner::Driver; usize::from(depth)].into(),
+            slots,
             shared,
             character_device,
             lent: 0,
@@ -183,40 +205,50 @@ impl Tags {
         })
     }
 
+    /// Writes the same descriptor for every tag into anonymous memory, in the driver's place.
+    #[cfg(any(test, feature = "driverless"))]
+    pub(crate) fn pretend(descriptors: &mut Map, depth: u16, descriptor: IoDesc) {
+        assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
+        for tag in 0..usize::from(depth) {
+            // SAFETY: in bounds by the assertion, aligned (page start plus a multiple of 24), anonymous and writable memory of
+            // which `&mut` makes this the only user.
+            unsafe { descriptors.start().cast::<IoDesc>().as_ptr().add(tag).write(descriptor) };
+        }
+    }
+
     /// Queues a FETCH for every tag, and the wake-up poll.
     pub(crate) fn fetch_all(&mut self) {
-        for tag in 0..self.depth {
-            self.push(ublk::IO_FETCH_REQ, tag, 0);
+        for tag in 0..self.slots.len() {
+            let fetch = Sqe { off: u64::from(ublk::IO_FETCH_REQ), ..self.slots[tag].commit };
+            // SAFETY: as in `commit_from`.
+            unsafe { self.ring.push(&fetch) };
         }
         self.arm_wake();
     }
 
-    #[inline]
-    fn push(&mut self, operation: u32, tag: u16, result: i32) {
-        let addr = match self.copying {
-            Copying::Driver => self.shared.buffer_address(tag) as u64,
-            Copying::User => 0,
-        };
-        let command = IoCmd { q_id: self.queue, tag, result, addr };
-        let entry = opcode::UringCmd16::new(types::Fixed(0), operation)
-            .cmd(command.to_bytes())
-            .build()
-            .user_data(u64::from(tag));
-        // SAFETY: the buffer named is the tag's own. The driver writes it only while it owns the tag, in which time this
-        // module hands out no reference to it; the mapping outlives the ring, which `self` drops first, and the
-        // driver fills buffers only in the context of the thread that owns the ring.
-        let pushed = unsafe { self.ring.push(&entry) };
-        assert!(pushed, "the ring has an entry for every tag");
+    /// Gives a tag that is `owner`'s back to the driver with a result.
+    #[inline(always)]
+    fn commit_from(&mut self, owner: Owner, tag: u16, result: i32) {
+        let tag = &mut self.slots[usize::from(tag)];
+        assert!(tag.owner == owner, "only what is the server's can be committed");
+        tag.owner = Owner::Driver;
+        // SAFETY: the buffer named is the tag's own. The driver writes it only while it owns the tag, in which time this module
+        // hands out no reference to it; the mapping outlives the ring, which `self` drops first, and the driver fills
+        // buffers only in the context of the thread that owns the ring.
+        unsafe { self.ring.push_with_result(&tag.commit, result) };
     }
 
     fn arm_wake(&mut self) {
-        let poll =
-            opcode::PollAdd::new(types::Fd(self.shared.wake.as_fd().as_raw_fd()), PollFlags::POLLIN.bits() as u32)
-                .build()
-                .user_data(WAKE);
+        let poll = Sqe {
+            opcode: uring::OP_POLL_ADD,
+            fd: self.shared.wake.as_fd().as_raw_fd(),
+            // 32 bits of events, whose halves the kernel expects swapped on big-endian machines.
+            op_flags: (PollFlags::POLLIN.bits() as u32).rotate_left(if cfg!(target_endian = "big") { 16 } else { 0 }),
+            user_data: WAKE,
+            ..Sqe::default()
+        };
         // SAFETY: a poll names no memory.
-        let pushed = unsafe { self.ring.push(&poll) };
-        assert!(pushed, "the ring has an entry for the wake-up poll");
+        unsafe { self.ring.push(&poll) };
     }
 
     /// Submits what is queued and, if `block`, waits for at least one completion or a settled loan.
@@ -250,11 +282,9 @@ impl Tags {
             while bits != 0 {
                 let tag = (word * 64 + bits.trailing_zeros() as usize) as u16;
                 bits &= bits - 1;
-                assert!(self.owners[usize::from(tag)] == Owner::Lent, "a settled loan was lent");
                 let result = self.shared.results[usize::from(tag)].load(Ordering::Relaxed);
-                self.owners[usize::from(tag)] = Owner::Driver;
                 self.lent -= 1;
-                self.push(ublk::IO_COMMIT_AND_FETCH_REQ, tag, result);
+                self.commit_from(Owner::Lent, tag, result);
                 found = true;
             }
         }
@@ -262,53 +292,61 @@ impl Tags {
     }
 
     /// The next request of this batch: its tag, which is the server's from now on, and its descriptor.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn next(&mut self) -> Option<(u16, IoDesc)> {
         while let Some(cqe) = self.ring.next() {
-            let index = cqe.user_data();
-            if index < u64::from(self.depth) && cqe.result() == ublk::IO_RES_OK {
-                let tag = index as u16;
-                self.owners[usize::from(tag)] = Owner::Server;
+            if let Some(tag) = self.slots.get_mut(cqe.user_data as usize)
+                && cqe.result == ublk::IO_RES_OK
+            {
+                tag.owner = Owner::Server;
+                let tag = cqe.user_data as u16;
                 return Some((tag, self.descriptor(tag)));
             }
-            self.other(&cqe);
+            self.other(cqe.user_data, cqe.result);
         }
         None
     }
 
-    #[inline]
+    #[inline(always)]
     fn descriptor(&self, tag: u16) -> IoDesc {
         let at = self.descriptors.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag));
         // SAFETY: in bounds (asserted in `new`), aligned (page start plus a multiple of 24, alignment 8), and every bit
         // pattern is a valid `IoDesc`. The driver writes a tag's descriptor only while it owns the tag; volatile,
         // because it is another writer than the compiler can see.
-        unsafe { at.read_volatile() }
+        unsafe {
+            IoDesc {
+                op_flags: (&raw const (*at).op_flags).read_volatile(),
+                nr_sectors: (&raw const (*at).nr_sectors).read_volatile(),
+                start_sector: (&raw const (*at).start_sector).read_volatile(),
+                // The buffer that was given with FETCH or COMMIT; known already.
+                addr: 0,
+            }
+        }
     }
 
     /// Every completion that is not a request.
     #[cold]
-    fn other(&mut self, cqe: &cqueue::Entry) {
-        let index = cqe.user_data();
-        if index == WAKE && cqe.result() >= 0 {
+    fn other(&mut self, index: u64, result: i32) {
+        if index == WAKE && result >= 0 {
             let _ = self.shared.wake.read();
             self.arm_wake();
             return;
         }
-        if let Some(owner) = self.owners.get_mut(index as usize) {
-            *owner = Owner::Gone;
+        if let Some(tag) = self.slots.get_mut(index as usize) {
+            tag.owner = Owner::Gone;
         }
-        if cqe.result() == ublk::IO_RES_ABORT {
+        if result == ublk::IO_RES_ABORT {
             self.aborted += 1;
         } else {
-            self.failure.get_or_insert((index, cqe.result()));
+            self.failure.get_or_insert((index, result));
         }
     }
 
     /// The buffer of a tag that is the server's.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn buffer_mut(&mut self, tag: u16, len: usize) -> &mut [u8] {
         assert!(
-            self.owners[usize::from(tag)] == Owner::Server && len <= self.shared.stride,
+            self.slots[usize::from(tag)].owner == Owner::Server && len <= self.shared.stride,
             "the server's own buffer"
         );
         // SAFETY: in bounds by the assertion, mapped while `shared` lives, initialised (anonymous memory is zeroed), and
@@ -317,17 +355,14 @@ impl Tags {
     }
 
     /// Completes a tag's request and hands the tag back to the driver, at the next [`wait`](Self::wait).
-    #[inline]
+    #[inline(always)]
     pub(crate) fn commit(&mut self, tag: u16, result: i32) {
-        let owner = &mut self.owners[usize::from(tag)];
-        assert!(*owner == Owner::Server, "only what is the server's can be committed");
-        *owner = Owner::Driver;
-        self.push(ublk::IO_COMMIT_AND_FETCH_REQ, tag, result);
+        self.commit_from(Owner::Server, tag, result);
     }
 
     /// Lets a tag's buffer leave this thread.
     pub(crate) fn lend(&mut self, tag: u16) -> Loan {
-        let owner = &mut self.owners[usize::from(tag)];
+        let owner = &mut self.slots[usize::from(tag)].owner;
         assert!(*owner == Owner::Server, "only what is the server's can be lent");
         *owner = Owner::Lent;
         self.lent += 1;
@@ -359,7 +394,7 @@ impl Tags {
 
     /// Whether some request is still the server's.
     pub(crate) fn owns_requests(&self) -> bool {
-        self.owners.iter().any(|owner| matches!(owner, Owner::Server | Owner::Lent))
+        self.slots.iter().any(|tag| matches!(tag.owner, Owner::Server | Owner::Lent))
     }
 
     /// Whether the queue was told to end whatever it owns.

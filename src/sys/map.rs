@@ -46,6 +46,16 @@ impl Map {
         Ok(Self { start: start.cast(), len: len.get() })
     }
 
+    /// `len` bytes of `file` from `offset`, readable and writable, shared with the kernel.
+    pub(crate) fn shared(file: impl AsFd, offset: usize, len: usize) -> io::Result<Self> {
+        let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        let flags = MapFlags::MAP_SHARED | MapFlags::MAP_POPULATE;
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let start =
+            unsafe { mmap(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, flags, file, offset as i64)? };
+        Ok(Self { start: start.cast(), len: len.get() })
+    }
+
     /// Keeps the mapping in memory (`mlock`); needs `CAP_IPC_LOCK` or a large enough `RLIMIT_MEMLOCK`.
     pub(crate) fn lock(&self) -> io::Result<()> {
         // SAFETY: the range is ours and mapped.

@@ -5,3 +5,4 @@ pub(crate) mod file;
 pub(crate) mod map;
 pub(crate) mod process;
 pub mod ublk;
+pub(crate) mod uring;

@@ -330,30 +330,31 @@ pub struct IoCmd {
 layout!(IoCmd: 16 { q_id @ 0, tag @ 2, result @ 4, addr @ 8 });
 
 impl IoCmd {
-    /// The bytes of the command as they stand in the SQE.
+    /// The command as it stands in the SQE, in native byte order.
     #[must_use]
-    pub fn to_bytes(self) -> [u8; 16] {
-        let mut bytes = [0; 16];
-        bytes[0..2].copy_from_slice(&self.q_id.to_ne_bytes());
-        bytes[2..4].copy_from_slice(&self.tag.to_ne_bytes());
-        bytes[4..8].copy_from_slice(&self.result.to_ne_bytes());
-        bytes[8..16].copy_from_slice(&self.addr.to_ne_bytes());
-        bytes
+    #[inline]
+    pub fn to_words(self) -> [u64; 2] {
+        let [q0, q1] = self.q_id.to_ne_bytes();
+        let [t0, t1] = self.tag.to_ne_bytes();
+        let [r0, r1, r2, r3] = self.result.to_ne_bytes();
+        [u64::from_ne_bytes([q0, q1, t0, t1, r0, r1, r2, r3]), self.addr]
     }
 }
 
 impl CtrlCmd {
-    /// The bytes of the command as they stand in a 128-byte SQE.
+    /// The command as it stands in a 128-byte SQE, in native byte order.
     #[must_use]
-    pub fn to_bytes(self) -> [u8; 80] {
-        let mut bytes = [0; 80];
-        bytes[0..4].copy_from_slice(&self.dev_id.to_ne_bytes());
-        bytes[4..6].copy_from_slice(&self.queue_id.to_ne_bytes());
-        bytes[6..8].copy_from_slice(&self.len.to_ne_bytes());
-        bytes[8..16].copy_from_slice(&self.addr.to_ne_bytes());
-        bytes[16..24].copy_from_slice(&self.data.to_ne_bytes());
-        bytes[24..26].copy_from_slice(&self.dev_path_len.to_ne_bytes());
-        bytes
+    pub fn to_words(self) -> [u64; 4] {
+        let [d0, d1, d2, d3] = self.dev_id.to_ne_bytes();
+        let [q0, q1] = self.queue_id.to_ne_bytes();
+        let [l0, l1] = self.len.to_ne_bytes();
+        let [p0, p1] = self.dev_path_len.to_ne_bytes();
+        [
+            u64::from_ne_bytes([d0, d1, d2, d3, q0, q1, l0, l1]),
+            self.addr,
+            self.data,
+            u64::from_ne_bytes([p0, p1, 0, 0, 0, 0, 0, 0]),
+        ]
     }
 }
 
@@ -543,16 +544,22 @@ mod tests {
 
     #[test]
     fn commands_are_laid_out_as_the_structures_say() {
+        let bytes = |words: &[u64]| words.iter().flat_map(|word| word.to_ne_bytes()).collect::<Vec<_>>();
         let io = IoCmd { q_id: 0x0102, tag: 0x0304, result: -5, addr: 0x1122_3344_5566_7788 };
-        let bytes = io.to_bytes();
-        assert_eq!(u16::from_ne_bytes([bytes[2], bytes[3]]), 0x0304);
-        assert_eq!(i32::from_ne_bytes(bytes[4..8].try_into().expect("4 bytes")), -5);
+        let io_bytes = bytes(&io.to_words());
+        assert_eq!(io_bytes[offset_of!(IoCmd, tag)..][..2], 0x0304u16.to_ne_bytes());
+        assert_eq!(io_bytes[offset_of!(IoCmd, result)..][..4], (-5i32).to_ne_bytes());
+        assert_eq!(io_bytes[offset_of!(IoCmd, addr)..][..8], io.addr.to_ne_bytes());
         let ctrl =
             CtrlCmd { dev_id: 7, queue_id: 9, len: 64, addr: 1, data: 2, dev_path_len: 3, ..Default::default() };
-        let bytes = ctrl.to_bytes();
-        assert_eq!(bytes[4..6], 9u16.to_ne_bytes());
-        assert_eq!(bytes[24..26], 3u16.to_ne_bytes());
-        assert!(bytes[32..].iter().all(|byte| *byte == 0));
+        let ctrl_bytes = bytes(&ctrl.to_words());
+        assert_eq!(ctrl_bytes.len(), size_of::<CtrlCmd>());
+        assert_eq!(ctrl_bytes[offset_of!(CtrlCmd, dev_id)..][..4], 7u32.to_ne_bytes());
+        assert_eq!(ctrl_bytes[offset_of!(CtrlCmd, queue_id)..][..2], 9u16.to_ne_bytes());
+        assert_eq!(ctrl_bytes[offset_of!(CtrlCmd, len)..][..2], 64u16.to_ne_bytes());
+        assert_eq!(ctrl_bytes[offset_of!(CtrlCmd, addr)..][..8], 1u64.to_ne_bytes());
+        assert_eq!(ctrl_bytes[offset_of!(CtrlCmd, data)..][..8], 2u64.to_ne_bytes());
+        assert_eq!(ctrl_bytes[offset_of!(CtrlCmd, dev_path_len)..][..2], 3u16.to_ne_bytes());
     }
 
     #[test]

@@ -1,0 +1,145 @@
+//! Where each thread of a process stands, as the kernel tells it in `/proc`.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+/// Where one thread stands. What the kernel would not tell is empty.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThreadDump {
+    /// The process.
+    pub pid: u32,
+    /// The thread.
+    pub tid: u32,
+    /// The thread's name.
+    pub comm: String,
+    /// Its state: `R` running, `S` sleeping, `D` waiting and not to be interrupted, …
+    pub state: String,
+    /// The kernel function it waits in.
+    pub wchan: String,
+    /// The number of the system call it is in and its arguments, or `running`.
+    pub syscall: String,
+    /// The kernel stack, innermost first; only root is told.
+    pub stack: Vec<String>,
+}
+
+/// Where each thread of process `pid` stands, by thread id; `proc_root` is `/proc` but in tests.
+///
+/// A thread that ends meanwhile is left out, as is everything when there is no such process. Only files are read that the
+/// kernel answers without waiting for the thread: not `cmdline` or `maps`, which want its memory lock.
+#[must_use]
+pub fn dump_threads(proc_root: &Path, pid: u32) -> Vec<ThreadDump> {
+    let tasks = proc_root.join(pid.to_string()).join("task");
+    let Ok(entries) = fs::read_dir(&tasks) else { return Vec::new() };
+    let mut tids: Vec<u32> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    tids.sort_unstable();
+    tids.into_iter().filter_map(|tid| dump_thread(&tasks.join(tid.to_string()), pid, tid)).collect()
+}
+
+fn dump_thread(task: &Path, pid: u32, tid: u32) -> Option<ThreadDump> {
+    let stat = read(task, "stat")?;
+    // The name stands in parentheses and may hold any character, a parenthesis too.
+    let (comm, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let wchan = read(task, "wchan").filter(|wchan| wchan != "0");
+    Some(ThreadDump {
+        pid,
+        tid,
+        comm: comm.to_owned(),
+        state: fields.split_whitespace().next()?.to_owned(),
+        wchan: wchan.unwrap_or_default(),
+        syscall: read(task, "syscall").unwrap_or_default(),
+        stack: read(task, "stack").unwrap_or_default().lines().map(function).collect(),
+    })
+}
+
+fn read(task: &Path, file: &str) -> Option<String> {
+    let bytes = fs::read(task.join(file)).ok()?;
+    Some(String::from_utf8_lossy(&bytes).trim().to_owned())
+}
+
+/// `[<0>] schedule+0x1/0x2` without the address, which the kernel hides anyway.
+fn function(line: &str) -> String {
+    line.split_once("] ").map_or(line, |(_, function)| function).to_owned()
+}
+
+/// One line, and one more for each function of the stack.
+impl fmt::Display for ThreadDump {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{} {} {}", self.pid, self.tid, self.comm, self.state)?;
+        if !self.wchan.is_empty() {
+            write!(f, " in {}", self.wchan)?;
+        }
+        if !self.syscall.is_empty() {
+            write!(f, " (syscall {})", self.syscall)?;
+        }
+        self.stack.iter().try_for_each(|function| write!(f, "\n    {function}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+    use std::sync::mpsc;
+    use std::thread;
+
+    use super::*;
+
+    /// A `/proc` of our own, removed when dropped.
+    struct FakeProc(PathBuf);
+
+    impl FakeProc {
+        fn new(name: &str) -> Self {
+            let root = std::env::temp_dir().join(format!("ublkit-{name}-{}", std::process::id()));
+            Self(root)
+        }
+
+        fn write(&self, tid: u32, file: &str, content: &str) {
+            let task = self.0.join("7/task").join(tid.to_string());
+            fs::create_dir_all(&task).and_then(|()| fs::write(task.join(file), content)).expect("a writable temp");
+        }
+    }
+
+    impl Drop for FakeProc {
+        fn drop(&mut self) {
+            let _gone = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn a_fake_process_is_read() {
+        let proc = FakeProc::new("threads");
+        proc.write(9, "stat", "9 (queue (0) x) D 1 9 9 0");
+        proc.write(9, "wchan", "blk_mq_get_tag");
+        proc.write(9, "syscall", "18 0x3 0x0\n");
+        proc.write(9, "stack", "[<0>] blk_mq_get_tag+0x11/0x2a\n[<0>] submit_bio+0x5/0x9\n");
+        proc.write(7, "stat", "7 (main) S 1");
+        proc.write(7, "wchan", "0");
+        proc.write(8, "stat", "nonsense");
+        fs::create_dir_all(proc.0.join("7/task/10")).expect("a writable temp");
+        let dump = dump_threads(&proc.0, 7);
+        assert_eq!(dump.iter().map(|thread| thread.tid).collect::<Vec<_>>(), [7, 9]);
+        assert_eq!((dump[0].wchan.as_str(), dump[0].stack.len()), ("", 0));
+        assert_eq!(
+            dump[1].to_string(),
+            "7/9 queue (0) x D in blk_mq_get_tag (syscall 18 0x3 0x0)\n    blk_mq_get_tag+0x11/0x2a\n    submit_bio+0x5/0x9"
+        );
+        assert!(dump_threads(&proc.0, 8).is_empty());
+    }
+
+    #[test]
+    fn the_own_process_is_read() {
+        let (ready, started) = mpsc::channel();
+        let (stop, stopped) = mpsc::channel::<()>();
+        let sleeper = thread::Builder::new().name("sleeper".to_owned()).spawn(move || {
+            let _sent = ready.send(());
+            let _until_told = stopped.recv();
+        });
+        started.recv().expect("the thread starts");
+        let dump = dump_threads(Path::new("/proc"), std::process::id());
+        drop(stop);
+        assert!(dump.iter().any(|thread| thread.comm == "sleeper" && !thread.state.is_empty()), "{dump:?}");
+        assert!(sleeper.is_ok_and(|sleeper| sleeper.join().is_ok()));
+    }
+}

@@ -1,0 +1,196 @@
+//! What a scenario is given to run with.
+
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use ublkit_harness::event::{Event, StepFinished, StepStarted};
+use ublkit_harness::{EventSink, Evidence, Seed, Watchdog};
+
+use crate::runs::RunRecord;
+use crate::scenario::{Broken, Failure};
+
+/// Evidence that several threads add to.
+#[derive(Clone, Debug, Default)]
+pub struct SharedEvidence(Arc<Mutex<Evidence>>);
+
+impl SharedEvidence {
+    /// As [`Evidence::require`].
+    pub fn require(&self, name: &str, minimum: u64) {
+        self.lock().require(name, minimum);
+    }
+
+    /// As [`Evidence::add`].
+    pub fn add(&self, name: &str, count: u64) {
+        self.lock().add(name, count);
+    }
+
+    /// As [`Evidence::merge`].
+    pub fn merge(&self, other: &Evidence) {
+        self.lock().merge(other);
+    }
+
+    /// What there is now.
+    #[must_use]
+    pub fn snapshot(&self) -> Evidence {
+        self.lock().clone()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Evidence> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Whether the run was asked to end. Cheap enough to look at for every operation.
+#[derive(Clone, Debug, Default)]
+pub struct Interruption(Arc<AtomicBool>);
+
+impl Interruption {
+    /// Whether SIGINT, SIGTERM or SIGHUP came.
+    #[must_use]
+    pub fn came(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What a scenario is given to run with.
+#[derive(Debug)]
+pub struct Context {
+    pub(crate) seed: Seed,
+    pub(crate) duration: Option<Duration>,
+    pub(crate) ops: Option<u64>,
+    pub(crate) report_dir: Option<PathBuf>,
+    pub(crate) sink: EventSink,
+    pub(crate) evidence: SharedEvidence,
+    pub(crate) watchdog: Arc<Watchdog>,
+    pub(crate) interruption: Interruption,
+    pub(crate) record: RunRecord,
+    pub(crate) detail: String,
+}
+
+impl Context {
+    /// The seed of the run.
+    #[must_use]
+    pub fn seed(&self) -> Seed {
+        self.seed
+    }
+
+    /// How long the run was asked to last, by `--duration` or `UBLK_TORTURE_DURATION`.
+    #[must_use]
+    pub fn duration(&self) -> Option<Duration> {
+        self.duration
+    }
+
+    /// How many operations the run was asked to do, by `--ops`.
+    #[must_use]
+    pub fn ops(&self) -> Option<u64> {
+        self.ops
+    }
+
+    /// Where the report goes, if one was asked for. The directory exists.
+    #[must_use]
+    pub fn report_dir(&self) -> Option<&Path> {
+        self.report_dir.as_deref()
+    }
+
+    /// Where events are sent to.
+    #[must_use]
+    pub fn sink(&self) -> &EventSink {
+        &self.sink
+    }
+
+    /// The work done so far, and how much of it makes a run.
+    #[must_use]
+    pub fn evidence(&self) -> &SharedEvidence {
+        &self.evidence
+    }
+
+    /// The watchdog, for what a [step](Self::step) does not cover.
+    #[must_use]
+    pub fn watchdog(&self) -> &Arc<Watchdog> {
+        &self.watchdog
+    }
+
+    /// To be looked at in loops.
+    #[must_use]
+    pub fn interruption(&self) -> &Interruption {
+        &self.interruption
+    }
+
+    /// A remark for the reader.
+    pub fn note(&self, text: impl Into<String>) {
+        self.sink.send(Event::note(text));
+    }
+
+    /// Says what the step that is under way saw, for its closing event. Said twice, the last one counts.
+    pub fn detail(&mut self, text: impl Into<String>) {
+        self.detail = text.into();
+    }
+
+    /// Does one part of the scenario: tells that it begins and how it ended, and has the watchdog end the process with
+    /// a full dump if it is not over by `deadline`. A broken promise is reported at once.
+    ///
+    /// Its last waits should be shorter than `deadline`: a failure that says what was awaited is worth more than a dump.
+    ///
+    /// # Errors
+    /// What `work` returned; [`Failure::Interrupted`] without doing it when the run was asked to end.
+    pub fn step<T>(
+        &mut self,
+        name: &str,
+        deadline: Duration,
+        work: impl FnOnce(&mut Self) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        if self.interruption.came() {
+            return Err(Failure::Interrupted);
+        }
+        self.always(name, deadline, work)
+    }
+
+    /// A [step](Self::step) that is done after an interruption too: what puts things back in order.
+    ///
+    /// # Errors
+    /// What `work` returned.
+    pub fn always<T>(
+        &mut self,
+        name: &str,
+        deadline: Duration,
+        work: impl FnOnce(&mut Self) -> Result<T, Failure>,
+    ) -> Result<T, Failure> {
+        let deadline_ms = deadline.as_millis() as u64;
+        self.sink.send(Event::StepStarted(StepStarted { name: name.to_owned(), deadline_ms }));
+        self.detail.clear();
+        let guard = self.watchdog.guard(name, deadline);
+        let mut result = work(self);
+        let elapsed_ms = guard.deadline().elapsed().as_millis() as u64;
+        drop(guard);
+        if let Err(failure) = &mut result {
+            self.report(failure);
+        }
+        let detail = match &result {
+            Ok(_) => std::mem::take(&mut self.detail),
+            Err(failure) => failure.to_string(),
+        };
+        let name = name.to_owned();
+        self.sink.send(Event::StepFinished(StepFinished {
+            name,
+            ok: result.is_ok(),
+            detail,
+            elapsed_ms,
+            deadline_ms,
+        }));
+        result
+    }
+
+    /// Sends the event of a broken promise, once.
+    pub(crate) fn report(&self, failure: &mut Failure) {
+        if let Failure::DeviceBroke(Broken { event, reported: reported @ false }) = failure {
+            self.sink.send(event.as_ref().clone());
+            *reported = true;
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Runs a scenario: from its arguments to its exit status.
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::panic::AssertUnwindSafe;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+use ublkit::Signals;
+use ublkit_harness::event::{Event, Run, VerdictLine};
+use ublkit_harness::report::{JsonLines, Terminal};
+use ublkit_harness::verdict::EXIT_USAGE;
+use ublkit_harness::watchdog::WatchdogOptions;
+use ublkit_harness::{EventLoop, EventSink, Reporter, Seed, Verdict, Watchdog};
+
+use crate::cli::complain;
+use crate::context::{Context, Interruption, SharedEvidence};
+use crate::environment::{self, Host};
+use crate::runs::StateDir;
+use crate::scenario::{Failure, Scenario};
+
+/// How long the last events may take to reach their readers once the run is lost.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long a run may take to end after it was asked to.
+const WIND_DOWN: Duration = Duration::from_secs(120);
+/// How long it may take to clean up after earlier runs.
+const CLEAN_UP: Duration = Duration::from_secs(60);
+
+/// Runs `scenario`, and returns the exit status of the process.
+pub(crate) fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<Duration>, args: &[OsString]) -> u8 {
+    let common = scenario.common();
+    let prepared = scenario.validate().and_then(|()| prepare(common.report.as_deref()));
+    let mut reporters: Vec<Box<dyn Reporter>> = match prepared {
+        Ok(reporters) => reporters,
+        Err(failure) => {
+            complain(&failure.to_string());
+            return EXIT_USAGE;
+        }
+    };
+    reporters.push(Box::new(Terminal::stderr()));
+    if common.json {
+        reporters.push(Box::new(JsonLines::new(io::stdout())));
+    }
+    let events = match EventLoop::start(reporters) {
+        Ok(events) => events,
+        Err(error) => {
+            complain(&format!("failed to start a thread: {error}"));
+            return Verdict::Environment.exit_code();
+        }
+    };
+    let seed = common.seed.unwrap_or_else(Seed::from_os);
+    let ending = Ending {
+        scenario: name,
+        seed,
+        repro: repro(args, seed, duration),
+        evidence: SharedEvidence::default(),
+        sink: events.sink(),
+    };
+    let code = begin(scenario, duration, &ending);
+    if let Err(failures) = events.finish() {
+        for failure in failures {
+            complain(&format!("failed to write the report: {failure}"));
+        }
+        if code == 0 {
+            return Verdict::Environment.exit_code();
+        }
+    }
+    code
+}
+
+/// What is needed to end a run from wherever it ends.
+#[derive(Clone, Debug)]
+struct Ending {
+    scenario: &'static str,
+    seed: Seed,
+    repro: String,
+    evidence: SharedEvidence,
+    sink: EventSink,
+}
+
+impl Ending {
+    fn verdict(&self, verdict: Verdict) -> u8 {
+        self.sink.send(Event::Verdict(VerdictLine {
+            scenario: self.scenario.to_owned(),
+            seed: self.seed,
+            verdict,
+            evidence: self.evidence.snapshot().counts(),
+            repro: self.repro.clone(),
+        }));
+        verdict.exit_code()
+    }
+}
+
+fn begin(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -> u8 {
+    let common = scenario.common();
+    let host = Host::here();
+    let mut options = scenario.options();
+    options.insert("duration_ms".to_owned(), json!(duration.map(|duration| duration.as_millis() as u64)));
+    options.insert("ops".to_owned(), json!(common.ops));
+    ending.sink.send(Event::Run(Run {
+        scenario: ending.scenario.to_owned(),
+        seed: ending.seed,
+        options,
+        versions: host.versions,
+        kernel: host.kernel,
+        features: host.features,
+        host: host.facts,
+    }));
+    let result = environment::check(&scenario.needs()).and_then(|()| watched(scenario, duration, ending));
+    conclude(&result, ending)
+}
+
+/// Runs the scenario with signals caught and the watchdog awake.
+fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -> Result<(), Failure> {
+    let lost = ending.clone();
+    let watchdog = Watchdog::start(WatchdogOptions::default(), move |report| {
+        lost.sink.send(Event::Hang(report.into()));
+        let code = lost.verdict(Verdict::Hang);
+        let _unread = lost.sink.flush(LAST_WORDS);
+        std::process::exit(code.into());
+    });
+    let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
+    let interruption = Interruption::default();
+    let listener = Listener::start(interruption.clone(), ending.sink.clone(), Arc::clone(&watchdog))?;
+    let state = StateDir::default();
+    if scenario.needs().ublk {
+        let looking = watchdog.guard("clean up after earlier runs", CLEAN_UP);
+        for remark in state.clean_gone_runs() {
+            ending.sink.send(Event::note(remark));
+        }
+        drop(looking);
+    }
+    let mut context = Context {
+        seed: ending.seed,
+        duration,
+        ops: scenario.common().ops,
+        report_dir: scenario.common().report.clone(),
+        sink: ending.sink.clone(),
+        evidence: ending.evidence.clone(),
+        watchdog,
+        interruption,
+        record: state.record(),
+        detail: String::new(),
+    };
+    let mut result = match std::panic::catch_unwind(AssertUnwindSafe(|| scenario.run(&mut context))) {
+        Ok(result) => result,
+        Err(panic) => Err(Failure::Internal(format!("panicked: {}", panic_message(panic.as_ref())))),
+    };
+    if let Err(failure) = &mut result {
+        context.report(failure);
+    }
+    if let Some(remark) = context.record.finish() {
+        context.note(remark);
+    }
+    drop(listener);
+    result
+}
+
+fn no_thread(error: &io::Error) -> Failure {
+    Failure::Environment(format!("failed to start a thread: {error}"))
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
+    panic
+        .downcast_ref::<String>()
+        .map(String::as_str)
+        .or_else(|| panic.downcast_ref::<&str>().copied())
+        .unwrap_or("with a message that is no text")
+}
+
+/// From what came back to the verdict.
+fn conclude(result: &Result<(), Failure>, ending: &Ending) -> u8 {
+    let verdict = match result {
+        Ok(()) => None,
+        Err(Failure::DeviceBroke(_)) => Some(Verdict::Fail),
+        Err(failure @ Failure::Usage(_)) => {
+            complain(&failure.to_string());
+            return EXIT_USAGE;
+        }
+        Err(Failure::Interrupted) => {
+            ending.evidence.add("interrupted", 1);
+            None
+        }
+        Err(failure) => {
+            ending.sink.send(Event::note(failure.to_string()));
+            failure.verdict()
+        }
+    };
+    let verdict = verdict.unwrap_or_else(|| match ending.evidence.snapshot().judge() {
+        Ok(()) => Verdict::Pass,
+        Err(vacuous) => {
+            ending.sink.send(Event::note(format!("too little was done to say anything: {vacuous}")));
+            Verdict::Vacuous
+        }
+    });
+    ending.verdict(verdict)
+}
+
+/// A thread that waits for Ctrl-C.
+#[derive(Debug)]
+struct Listener {
+    done: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Listener {
+    fn start(interruption: Interruption, sink: EventSink, watchdog: Arc<Watchdog>) -> Result<Self, Failure> {
+        let signals = Signals::catch().map_err(|error| Failure::Internal(error.to_string()))?;
+        let done = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&done);
+        let listen = move || {
+            let mut winding_down = None;
+            while !told.load(Ordering::Relaxed) {
+                if winding_down.is_some() {
+                    thread::park_timeout(Duration::from_millis(100));
+                } else if let Some(signal) = signals.wait(Duration::from_millis(100)) {
+                    sink.send(Event::note(format!("{signal}: ending the run")));
+                    interruption.set();
+                    winding_down = Some(watchdog.guard(format!("end after {signal}"), WIND_DOWN));
+                }
+            }
+        };
+        let thread =
+            thread::Builder::new().name("signals".to_owned()).spawn(listen).map_err(|error| no_thread(&error))?;
+        Ok(Self { done, thread: Some(thread) })
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            let _panicked = thread.join();
+        }
+    }
+}
+
+/// Makes the report directory and opens what goes into it.
+fn prepare(report: Option<&Path>) -> Result<Vec<Box<dyn Reporter>>, Failure> {
+    let Some(dir) = report else { return Ok(Vec::new()) };
+    let cannot = |error: io::Error| {
+        Failure::Usage(format!(
+            "cannot write a report to {}: {error}; give --report another directory",
+            dir.display()
+        ))
+    };
+    fs::create_dir_all(dir).map_err(cannot)?;
+    let events = File::create(dir.join("events.jsonl")).map_err(cannot)?;
+    Ok(vec![Box::new(JsonLines::new(events))])
+}
+
+/// The command that runs it again: the same options, with the seed and the duration made explicit, and without those that say
+/// where to report.
+fn repro(args: &[OsString], seed: Seed, duration: Option<Duration>) -> String {
+    let mut words = vec!["ublk-torture".to_owned()];
+    let mut rest = args.iter().skip(1).map(|arg| arg.to_string_lossy());
+    while let Some(arg) = rest.next() {
+        match arg.as_ref() {
+            "--json" => {}
+            "--seed" | "--report" | "--duration" => drop(rest.next()),
+            arg if ["--seed=", "--report=", "--duration="].iter().any(|flag| arg.starts_with(flag)) => {}
+            arg => words.push(quote(arg)),
+        }
+    }
+    words.push(format!("--seed {seed}"));
+    if let Some(duration) = duration {
+        words.push(format!("--duration {}ms", duration.as_millis()));
+    }
+    words.join(" ")
+}
+
+/// For a POSIX shell.
+fn quote(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_=+,./:@%".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        word.to_owned()
+    } else {
+        format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}

@@ -1,0 +1,188 @@
+//! What a scenario is, how one can fail, and the registry of them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::io;
+
+use clap::{ArgMatches, FromArgMatches};
+use serde_json::Value;
+use ublkit_harness::event::{Event, Finding};
+use ublkit_harness::{Mismatch, Verdict};
+
+use crate::cli::CommonArgs;
+use crate::context::Context;
+
+/// A way to try a device, as asked for on the command line: a scenario *is* its parsed arguments.
+pub trait Scenario {
+    /// The arguments that every scenario has.
+    fn common(&self) -> &CommonArgs;
+
+    /// Every option of its own, given or by default, for the first event of the run.
+    fn options(&self) -> BTreeMap<String, Value>;
+
+    /// What has to be there before the run begins.
+    fn needs(&self) -> Needs;
+
+    /// Checks what can be checked without touching anything.
+    ///
+    /// # Errors
+    /// [`Failure::Usage`], with what would be right.
+    fn validate(&self) -> Result<(), Failure> {
+        Ok(())
+    }
+
+    /// Runs it. Devices, mounts and threads it made must be gone when it returns, however it ends.
+    ///
+    /// # Errors
+    /// The first thing that ended the run early.
+    fn run(&self, context: &mut Context) -> Result<(), Failure>;
+}
+
+/// What has to be there before a run begins.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Root, and a kernel with ublk, because the scenario serves a device itself.
+    pub ublk: bool,
+    /// Programs that are started.
+    pub tools: &'static [&'static str],
+}
+
+/// A scenario in the registry.
+#[derive(Debug)]
+pub struct Entry {
+    /// Its name on the command line.
+    pub name: &'static str,
+    /// What it does, in one line.
+    pub about: &'static str,
+    /// Adds its arguments to a command.
+    pub(crate) augment: fn(clap::Command) -> clap::Command,
+    /// Reads them.
+    pub(crate) parse: fn(&ArgMatches) -> Result<Box<dyn Scenario>, clap::Error>,
+}
+
+impl Entry {
+    /// The entry for the scenario whose arguments are `S`.
+    #[must_use]
+    pub const fn new<S: Scenario + clap::Args + 'static>(name: &'static str, about: &'static str) -> Self {
+        Self { name, about, augment: S::augment_args, parse: parse::<S> }
+    }
+}
+
+fn parse<S: Scenario + FromArgMatches + 'static>(matches: &ArgMatches) -> Result<Box<dyn Scenario>, clap::Error> {
+    S::from_arg_matches(matches).map(|scenario| Box::new(scenario) as Box<dyn Scenario>)
+}
+
+/// Every scenario there is.
+pub const SCENARIOS: &[Entry] = &[Entry::new::<crate::probe::Args>(
+    "probe",
+    "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
+)];
+
+/// Why a run ended early.
+#[derive(Debug)]
+pub enum Failure {
+    /// The device broke a promise: a finding or a mismatch.
+    DeviceBroke(Broken),
+    /// Something did not end within its deadline, and was given up in an orderly way.
+    Hang(String),
+    /// The environment lacks something; the message says what to do.
+    Environment(String),
+    /// The command line asks for something that cannot be; the message says what would be right.
+    Usage(String),
+    /// The harness itself is at fault.
+    Internal(String),
+    /// SIGINT or SIGTERM came.
+    Interrupted,
+}
+
+/// A broken promise, and whether it was reported already.
+#[derive(Debug)]
+pub struct Broken {
+    pub(crate) event: Box<Event>,
+    pub(crate) reported: bool,
+}
+
+impl Failure {
+    /// A broken promise, found by `oracle`.
+    #[must_use]
+    pub fn broke(oracle: impl Into<String>, what: impl Into<String>) -> Self {
+        Event::finding(oracle, what).into()
+    }
+
+    /// A broken promise, with more for a reader to understand it by, one line each.
+    #[must_use]
+    pub fn broke_with(oracle: impl Into<String>, what: impl Into<String>, detail: Vec<String>) -> Self {
+        Event::Finding(Finding { oracle: oracle.into(), what: what.into(), detail }).into()
+    }
+
+    /// The device failed an operation that it should have done: `what` completes "failed to …".
+    #[must_use]
+    pub fn io(what: impl fmt::Display, error: &io::Error) -> Self {
+        Self::broke("io", format!("failed to {what}: {error}"))
+    }
+
+    /// The verdict of a run that ended so; `None` for one that says nothing about the device and is left to the
+    /// [evidence](crate::Context::evidence), or where no run took place.
+    #[must_use]
+    pub const fn verdict(&self) -> Option<Verdict> {
+        match self {
+            Self::DeviceBroke(_) => Some(Verdict::Fail),
+            Self::Hang(_) => Some(Verdict::Hang),
+            Self::Environment(_) => Some(Verdict::Environment),
+            Self::Internal(_) => Some(Verdict::Internal),
+            Self::Usage(_) | Self::Interrupted => None,
+        }
+    }
+}
+
+/// A finding or mismatch.
+impl From<Event> for Failure {
+    fn from(event: Event) -> Self {
+        Self::DeviceBroke(Broken { event: Box::new(event), reported: false })
+    }
+}
+
+impl From<Mismatch> for Failure {
+    fn from(mismatch: Mismatch) -> Self {
+        Event::from(mismatch).into()
+    }
+}
+
+impl From<Box<Mismatch>> for Failure {
+    fn from(mismatch: Box<Mismatch>) -> Self {
+        Event::from(mismatch).into()
+    }
+}
+
+/// What went wrong while a device was made or ended.
+impl From<ublkit::Error> for Failure {
+    fn from(error: ublkit::Error) -> Self {
+        use ublkit::ErrorKind;
+        match error.kind() {
+            ErrorKind::InvalidInput => Self::Usage(error.to_string()),
+            ErrorKind::TimedOut => Self::Hang(error.to_string()),
+            ErrorKind::DriverMissing | ErrorKind::PermissionDenied | ErrorKind::Unsupported => {
+                Self::Environment(error.to_string())
+            }
+            _ => Self::broke("control", error.to_string()),
+        }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::DeviceBroke(broken) => match broken.event.as_ref() {
+                Event::Finding(finding) => f.write_str(&finding.what),
+                Event::Mismatch(mismatch) => mismatch.fmt(f),
+                other => write!(f, "{other:?}"),
+            },
+            Self::Hang(what) | Self::Environment(what) | Self::Usage(what) | Self::Internal(what) => {
+                f.write_str(what)
+            }
+            Self::Interrupted => f.write_str("interrupted"),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}

@@ -1,1 +1,0 @@
-//! Reads and writes of a client on a block device or file.

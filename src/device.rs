@@ -155,7 +155,7 @@ pub struct Device {
     pub(crate) geometry: Geometry,
     pub(crate) health: Arc<Health>,
     pub(crate) deadlines: Deadlines,
-    /// Queue threads, which must not close the device: it would wait for them.
+    /// Threads of queues and workers, which must not close the device: it would wait for them.
     pub(crate) threads: Vec<ThreadId>,
     pub(crate) serving: Mutex<Serving>,
     pub(crate) stats: Vec<Arc<QueueShared>>,
@@ -171,6 +171,11 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
+    fn thread_ids(&self) -> Vec<ThreadId> {
+        let queues = self.queues.iter().filter_map(|queue| Some(queue.thread.as_ref()?.thread().id()));
+        queues.chain(self.workers.iter().flat_map(Workers::thread_ids)).collect()
+    }
+
     fn abandon(&self) {
         for queue in &self.queues {
             queue.tags.abandon();
@@ -245,7 +250,7 @@ impl Device {
             geometry,
             health,
             deadlines,
-            threads: serving.queues.iter().filter_map(|queue| Some(queue.thread.as_ref()?.thread().id())).collect(),
+            threads: serving.thread_ids(),
             stats: serving.queues.iter().map(|queue| Arc::clone(&queue.shared)).collect(),
             serving: Mutex::new(serving),
             phase: Mutex::new(Phase::Open),

@@ -184,8 +184,15 @@ impl Serving {
 
     /// Ends the threads that can be ended by `deadline`; names the ones that cannot.
     pub(crate) fn join(&mut self, health: &Health, deadline: Instant) -> Result<()> {
-        let left = || deadline.saturating_duration_since(Instant::now());
-        if !health.wait_ended(left()) {
+        let queues = self.join_queues(health, deadline);
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(500));
+        let ended = self.workers.as_mut().is_none_or(|workers| workers.close(Instant::now() + left));
+        queues.and(if ended { Ok(()) } else { Err(still_inside("a worker")) })
+    }
+
+    /// As [`join`](Self::join), of the queues alone: they are what the driver waits for.
+    fn join_queues(&mut self, health: &Health, deadline: Instant) -> Result<()> {
+        if !health.wait_ended(deadline.saturating_duration_since(Instant::now())) {
             self.abandon();
             // One more chance for those that were only waiting: they look at the flag when they wake.
             health.wait_ended(Duration::from_millis(500));
@@ -205,19 +212,17 @@ impl Serving {
                 queue.thread = Some(thread);
             }
         }
-        if let Some(workers) = &mut self.workers
-            && !workers.close(Instant::now() + left().max(Duration::from_millis(500)))
-        {
-            stuck.push("a worker".to_owned());
-        }
-        if stuck.is_empty() {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::TimedOut,
-            format!("end the threads of the device: still inside the backend: {}", stuck.join(", ")),
-        ))
+        if stuck.is_empty() { Ok(()) } else { Err(still_inside(&stuck.join(", "))) }
     }
+
+    /// Whether every queue's thread was joined, so that the driver has its character device back.
+    fn queues_ended(&self) -> bool {
+        self.queues.iter().all(|queue| queue.thread.is_none())
+    }
+}
+
+fn still_inside(threads: &str) -> Error {
+    Error::new(ErrorKind::TimedOut, format!("end the threads of the device: still inside the backend: {threads}"))
 }
 
 impl Device {
@@ -380,13 +385,20 @@ impl Device {
                 // and then the stop succeeds.
                 self.health.fail(error);
                 serving.abandon();
-                let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+                // A queue that is inside the backend cannot give it up: another STOP, or a DEL, would only wait in the
+                // kernel for the first one, and with DEL every other device of the machine for that.
+                serving.join_queues(&self.health, Instant::now() + JOIN_DEADLINE)?;
                 self.controller.stop(self.id(), JOIN_DEADLINE)?;
             }
         }
-        serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
+        let joined = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+        if !serving.queues_ended() {
+            return joined.and(Err(still_inside("a queue")));
+        }
         drop(serving);
-        self.delete(deadlines.delete)
+        // A worker that is stuck holds nothing of the device's.
+        let deleted = self.delete(deadlines.delete);
+        joined.and(deleted)
     }
 
     fn delete(&self, deadline: Duration) -> Result<Closed> {

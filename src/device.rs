@@ -215,6 +215,11 @@ impl Serving {
         if stuck.is_empty() { Ok(()) } else { Err(still_inside(&stuck.join(", "))) }
     }
 
+    /// Whether no thread is inside the backend any more, joined or not.
+    fn is_idle(&self, health: &Health) -> bool {
+        health.wait_ended(Duration::ZERO) && self.workers.as_ref().is_none_or(Workers::have_ended)
+    }
+
     /// Whether every queue's thread was joined, so that the driver has its character device back.
     fn queues_ended(&self) -> bool {
         self.queues.iter().all(|queue| queue.thread.is_none())
@@ -329,8 +334,10 @@ impl Device {
     /// device is stopped all the same, and deleted when they let go: [`Deletion::Deferred`] says who they are.
     ///
     /// # Errors
-    /// [`ErrorKind::TimedOut`] when a backend call does not return: the device fails all I/O then, but a thread of it is
-    /// left. [`ErrorKind::State`] when called from a thread that serves this device.
+    /// [`ErrorKind::TimedOut`] when a backend call does not return; a thread is left inside it. If it is a worker, all I/O
+    /// of the device fails and the device is gone. If it is a queue's own thread, the kernel keeps that queue's I/O waiting
+    /// until the call returns or the process ends. Closing again, then, finishes what is left; so does dropping the
+    /// device. [`ErrorKind::State`] when called from a thread that serves this device.
     pub fn close(&self) -> Result<Closed> {
         self.close_within(self.deadlines)
     }
@@ -344,12 +351,16 @@ impl Device {
         }
         {
             let mut phase = self.phase();
+            let mut waited = false;
             loop {
                 match &*phase {
                     Phase::Open => break,
+                    // What did not end in time may end now.
+                    Phase::Closed(Err(error)) if error.kind() == ErrorKind::TimedOut && !waited => break,
                     Phase::Closed(result) => return result.clone(),
                     Phase::Closing => {
                         phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
+                        waited = true;
                     }
                 }
             }
@@ -420,6 +431,11 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        let failed = matches!(&*self.phase(), Phase::Closed(Err(_)));
+        if failed && !self.serving.lock().unwrap_or_else(PoisonError::into_inner).is_idle(&self.health) {
+            // Closing was tried, and what it waited for in vain has not ended since.
+            return;
+        }
         let short = Duration::from_secs(5);
         let deadlines = Deadlines {
             stop: self.deadlines.stop.min(short),

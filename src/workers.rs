@@ -158,6 +158,11 @@ impl Workers {
         self.threads.iter().map(|thread| thread.thread().id())
     }
 
+    /// Whether all of them have ended.
+    pub(crate) fn have_ended(&self) -> bool {
+        self.pool.lock().running == 0
+    }
+
     /// Ends the workers. Returns false if some did not end by `deadline`: they are stuck in the backend and are left.
     pub(crate) fn close(&mut self, deadline: Instant) -> bool {
         let mut state = self.pool.lock();

@@ -41,6 +41,8 @@ pub(crate) struct Health {
 struct HealthState {
     first_error: Option<Error>,
     serving: usize,
+    /// This process is ending the device.
+    closing: bool,
 }
 
 impl Health {
@@ -63,6 +65,22 @@ impl Health {
     pub(crate) fn fail(&self, error: Error) {
         self.lock().first_error.get_or_insert(error);
         self.changed.notify_all();
+    }
+
+    /// From here on a queue that ends does so because it is to.
+    fn closing(&self) {
+        self.lock().closing = true;
+    }
+
+    /// A queue has ended well. If nobody here wanted that, `error` is the device's first one; returns whether it is.
+    pub(crate) fn ended_by_somebody_else(&self, error: &Error) -> bool {
+        let mut state = self.lock();
+        let unwanted = !state.closing && state.first_error.is_none();
+        if unwanted {
+            state.first_error = Some(error.clone());
+            self.changed.notify_all();
+        }
+        unwanted
     }
 
     pub(crate) fn first_error(&self) -> Option<Error> {
@@ -298,7 +316,8 @@ impl Device {
         self.stats.iter().map(|queue| queue.snapshot()).collect()
     }
 
-    /// The first error that a queue could not serve past, if there was one. The device then fails all I/O.
+    /// The first error that a queue could not serve past, if there was one; of the kind [`ErrorKind::State`] if somebody
+    /// else stopped the device. It then fails all I/O.
     #[must_use]
     pub fn first_error(&self) -> Option<Error> {
         self.health.first_error()
@@ -376,6 +395,7 @@ impl Device {
     pub(crate) fn undo_start(&self) {
         *self.phase() = Phase::Closed(Err(Error::new(ErrorKind::State, "close the device: it was never started")));
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        self.health.closing();
         serving.abandon();
         // What is stuck in a handler's `open` cannot be ended; the start's own error tells more.
         let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
@@ -387,6 +407,7 @@ impl Device {
 
     fn close_once(&self, deadlines: Deadlines) -> Result<Closed> {
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        self.health.closing();
         match self.controller.stop(self.id(), deadlines.stop) {
             Ok(()) => {}
             // Somebody else deleted it: only our side is left to end.

@@ -5,7 +5,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use ublkit::ctrl::{AddDevice, State};
 use ublkit::sys::ublk::{self, Features};
-use ublkit::{Controller, ErrorKind, Geometry, Result};
+use ublkit::{Controller, DiscardLimits, ErrorKind, Geometry, Result};
 
 use super::client::{self, MIB, start_with};
 use super::disk::Disk;
@@ -58,7 +58,8 @@ fn a_live_device_is_described() {
 }
 
 fn parameters_make_the_round_trip() {
-    let geometry = Geometry::bytes(MIB).logical_block(1024).fua().discard(4096).write_zeroes_max(65536);
+    let limits = DiscardLimits { granularity: 8192, alignment: 4096, max_bytes: 1 << 20 };
+    let geometry = Geometry::bytes(MIB).logical_block(1024).fua().discard_limits(limits).write_zeroes_max(65536);
     let device = start_with(&Disk::new(geometry), |builder| builder);
     let controller = controller();
     let got = controller.get_params(device.id()).expect("get");
@@ -66,7 +67,8 @@ fn parameters_make_the_round_trip() {
     assert_eq!(got.types, ublk::PARAM_TYPE_BASIC | ublk::PARAM_TYPE_DISCARD | ublk::PARAM_TYPE_DEVT);
     assert_eq!((got.basic.logical_bs_shift, got.basic.dev_sectors, got.basic.max_sectors), (10, 2048, 128));
     assert_eq!(got.basic.attrs, ublk::ATTR_VOLATILE_CACHE | ublk::ATTR_FUA);
-    assert_eq!((got.discard.discard_granularity, got.discard.max_write_zeroes_sectors), (4096, 128));
+    assert_eq!((got.discard.discard_granularity, got.discard.discard_alignment), (8192, 4096));
+    assert_eq!((got.discard.max_discard_sectors, got.discard.max_write_zeroes_sectors), (2048, 128));
     assert!(got.devt.disk_major > 0 && got.devt.char_major > 0);
 
     let info = controller.add(&plain()).expect("add");

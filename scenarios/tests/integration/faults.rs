@@ -54,13 +54,14 @@ fn a_panic(choose: fn(client::Builder) -> client::Builder) {
     let file = direct(&device);
     client::write(&file, 1, 0, 4096).expect("write");
     for (op, act) in [
-        (Op::Read, (|file| client::read(file, 0, 4096).map(drop)) as fn(&std::fs::File) -> io::Result<()>),
+        // Of an odd length, so that udev, which reads the device too, does not take the panic.
+        (Op::Read, (|file| client::read(file, 512, 1536).map(drop)) as fn(&std::fs::File) -> io::Result<()>),
         (Op::Write, |file| client::write(file, 2, 4096, 4096).map(drop)),
         (Op::Flush, |file| file.sync_all()),
         (Op::Discard, |file| ublkit::blkdev::discard(file, 0, 4096)),
     ] {
         disk.hook(move |call| {
-            assert!(call.op != op, "planted: the backend panics on {op:?}");
+            assert!(call.op != op || (op == Op::Read && call.len != 1536), "planted: the backend panics on {op:?}");
             Ok(())
         });
         let before = told.all().len();

@@ -29,6 +29,7 @@ fn grid() -> Vec<(Geometry, u32, u16)> {
         (plain.logical_block(4096).volatile_cache(), 1 << 20, 2),
         (plain.fua().read_only(), 64 << 10, 1),
         (plain.discard_limits(limits), 64 << 10, 1),
+        (plain.discard(512), 64 << 10, 1),
         (plain.write_zeroes_max(192 * KIB), 64 << 10, 1),
         (plain.fua().discard(4096).write_zeroes().rotational(), 64 << 10, 2),
     ]
@@ -67,8 +68,8 @@ fn compare(device: &Device, geometry: &Geometry, max_io_bytes: u32, queues: u16)
     number("queue/discard_max_hw_bytes", discard);
     number("queue/discard_max_bytes", discard);
     if let Some(limits) = geometry.discard {
-        number("queue/discard_granularity", limits.granularity.into());
-        number("discard_alignment", limits.alignment.into());
+        // The kernel raises it to the physical block (blk_validate_limits() in block/blk-settings.c).
+        number("queue/discard_granularity", limits.granularity.max(geometry.physical_block).into());
     }
     let cache = sysfs(device, "queue/write_cache");
     if cache != if geometry.volatile_cache { "write back" } else { "write through" } {

@@ -10,6 +10,7 @@ mod faults;
 mod geometry;
 mod handlers;
 mod io;
+mod orphans;
 mod queues;
 pub(crate) mod runner;
 pub(crate) mod server;
@@ -29,6 +30,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         close::cases(),
         start::cases(),
         control::cases(),
+        orphans::cases(),
     ]
     .into_iter()
     .flatten()

@@ -17,6 +17,8 @@ use ublkit::Controller;
 
 /// What a trial may take unless it says otherwise; a trial takes a second or so in an emulated guest.
 const DEADLINE: Duration = Duration::from_secs(40);
+/// A trial that takes longer is named with its time.
+const SLOW: Duration = Duration::from_secs(3);
 /// How long what a trial used may take to vanish: the kernel drops rings and minors in the background.
 const SETTLE: Duration = Duration::from_secs(8);
 
@@ -74,6 +76,7 @@ fn requirements() -> Result<(), String> {
 }
 
 fn run(case: &Case) -> Result<(), Failed> {
+    let begun = Instant::now();
     let _alone = lock().map_err(|error| format!("failed to lock {}: {error}", lock_path().display()))?;
     let mut log = KernelLog::from_here().map_err(|error| format!("failed to open the kernel log: {error}"))?;
     let before = Footprint::now();
@@ -94,6 +97,9 @@ fn run(case: &Case) -> Result<(), Failed> {
     };
     problems.extend(before.left_behind());
     problems.extend(log.complaints());
+    if begun.elapsed() > SLOW {
+        eprintln!("{}: {:.1} s", case.name, begun.elapsed().as_secs_f64());
+    }
     if problems.is_empty() { Ok(()) } else { Err(problems.join("\n").into()) }
 }
 

@@ -233,6 +233,21 @@ impl Serving {
         if stuck.is_empty() { Ok(()) } else { Err(still_inside(&stuck.join(", "))) }
     }
 
+    /// Waits for a sign of life from every queue's thread.
+    fn await_answers(&self, deadline: Instant) -> Result<()> {
+        let asked: Vec<u64> = self.queues.iter().map(|queue| queue.tags.ask()).collect();
+        for (queue, asked) in self.queues.iter().zip(asked) {
+            let Some(thread) = &queue.thread else { continue };
+            while !queue.tags.has_answered(asked) && !thread.is_finished() {
+                if Instant::now() >= deadline {
+                    return Err(still_inside(thread.thread().name().unwrap_or("unnamed")));
+                }
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        Ok(())
+    }
+
     /// Whether no thread is inside the backend any more, joined or not.
     fn is_idle(&self, health: &Health) -> bool {
         health.wait_ended(Duration::ZERO) && self.workers.as_ref().is_none_or(Workers::have_ended)
@@ -408,7 +423,14 @@ impl Device {
     fn close_once(&self, deadlines: Deadlines) -> Result<Closed> {
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.health.closing();
-        match self.controller.stop(self.id(), deadlines.stop) {
+        // No STOP while a queue's thread is inside the backend and does not come back: it would wait in the kernel for that
+        // thread's request, beyond any signal, and this process, which holds the character device that would have to be
+        // let go for the request to fail, would wait for the STOP: not even SIGKILL could end it.
+        let until = Instant::now() + deadlines.stop;
+        let stopped = serving
+            .await_answers(until)
+            .and_then(|()| self.controller.stop(self.id(), until.saturating_duration_since(Instant::now())));
+        match stopped {
             Ok(()) => {}
             // Somebody else deleted it: only our side is left to end.
             Err(error) if error.kind() == ErrorKind::NotFound => serving.abandon(),

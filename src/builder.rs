@@ -519,6 +519,12 @@ impl<S: Serve> QueueSetup<S> {
             shared.panicked(&*payload);
             Err(Error::new(ErrorKind::Queue, format!("serve queue {queue}: its thread panicked")))
         });
+        if served.is_ok() {
+            let error = Error::new(ErrorKind::State, "serve the device any longer: somebody else stopped it");
+            if health.ended_by_somebody_else(&error) {
+                shared.tell(&Event::QueueFailed { queue, error });
+            }
+        }
         if let Err(error) = served {
             // One queue less is a device that hangs: all of them end, and the kernel fails what was in flight.
             shared.tell(&Event::QueueFailed { queue, error: error.clone() });

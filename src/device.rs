@@ -41,6 +41,8 @@ pub(crate) struct Health {
 struct HealthState {
     first_error: Option<Error>,
     serving: usize,
+    /// This process is ending the device.
+    closing: bool,
 }
 
 impl Health {
@@ -63,6 +65,22 @@ impl Health {
     pub(crate) fn fail(&self, error: Error) {
         self.lock().first_error.get_or_insert(error);
         self.changed.notify_all();
+    }
+
+    /// From here on a queue that ends does so because it is to.
+    fn closing(&self) {
+        self.lock().closing = true;
+    }
+
+    /// A queue has ended well. If nobody here wanted that, `error` is the device's first one; returns whether it is.
+    pub(crate) fn ended_by_somebody_else(&self, error: &Error) -> bool {
+        let mut state = self.lock();
+        let unwanted = !state.closing && state.first_error.is_none();
+        if unwanted {
+            state.first_error = Some(error.clone());
+            self.changed.notify_all();
+        }
+        unwanted
     }
 
     pub(crate) fn first_error(&self) -> Option<Error> {
@@ -155,7 +173,7 @@ pub struct Device {
     pub(crate) geometry: Geometry,
     pub(crate) health: Arc<Health>,
     pub(crate) deadlines: Deadlines,
-    /// Queue threads, which must not close the device: it would wait for them.
+    /// Threads of queues and workers, which must not close the device: it would wait for them.
     pub(crate) threads: Vec<ThreadId>,
     pub(crate) serving: Mutex<Serving>,
     pub(crate) stats: Vec<Arc<QueueShared>>,
@@ -171,6 +189,11 @@ pub(crate) struct Serving {
 }
 
 impl Serving {
+    fn thread_ids(&self) -> Vec<ThreadId> {
+        let queues = self.queues.iter().filter_map(|queue| Some(queue.thread.as_ref()?.thread().id()));
+        queues.chain(self.workers.iter().flat_map(Workers::thread_ids)).collect()
+    }
+
     fn abandon(&self) {
         for queue in &self.queues {
             queue.tags.abandon();
@@ -179,8 +202,15 @@ impl Serving {
 
     /// Ends the threads that can be ended by `deadline`; names the ones that cannot.
     pub(crate) fn join(&mut self, health: &Health, deadline: Instant) -> Result<()> {
-        let left = || deadline.saturating_duration_since(Instant::now());
-        if !health.wait_ended(left()) {
+        let queues = self.join_queues(health, deadline);
+        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(500));
+        let ended = self.workers.as_mut().is_none_or(|workers| workers.close(Instant::now() + left));
+        queues.and(if ended { Ok(()) } else { Err(still_inside("a worker")) })
+    }
+
+    /// As [`join`](Self::join), of the queues alone: they are what the driver waits for.
+    fn join_queues(&mut self, health: &Health, deadline: Instant) -> Result<()> {
+        if !health.wait_ended(deadline.saturating_duration_since(Instant::now())) {
             self.abandon();
             // One more chance for those that were only waiting: they look at the flag when they wake.
             health.wait_ended(Duration::from_millis(500));
@@ -200,19 +230,37 @@ impl Serving {
                 queue.thread = Some(thread);
             }
         }
-        if let Some(workers) = &mut self.workers
-            && !workers.close(Instant::now() + left().max(Duration::from_millis(500)))
-        {
-            stuck.push("a worker".to_owned());
-        }
-        if stuck.is_empty() {
-            return Ok(());
-        }
-        Err(Error::new(
-            ErrorKind::TimedOut,
-            format!("end the threads of the device: still inside the backend: {}", stuck.join(", ")),
-        ))
+        if stuck.is_empty() { Ok(()) } else { Err(still_inside(&stuck.join(", "))) }
     }
+
+    /// Waits for a sign of life from every queue's thread.
+    fn await_answers(&self, deadline: Instant) -> Result<()> {
+        let asked: Vec<u64> = self.queues.iter().map(|queue| queue.tags.ask()).collect();
+        for (queue, asked) in self.queues.iter().zip(asked) {
+            let Some(thread) = &queue.thread else { continue };
+            while !queue.tags.has_answered(asked) && !thread.is_finished() {
+                if Instant::now() >= deadline {
+                    return Err(still_inside(thread.thread().name().unwrap_or("unnamed")));
+                }
+                std::thread::sleep(Duration::from_micros(50));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no thread is inside the backend any more, joined or not.
+    fn is_idle(&self, health: &Health) -> bool {
+        health.wait_ended(Duration::ZERO) && self.workers.as_ref().is_none_or(Workers::have_ended)
+    }
+
+    /// Whether every queue's thread was joined, so that the driver has its character device back.
+    fn queues_ended(&self) -> bool {
+        self.queues.iter().all(|queue| queue.thread.is_none())
+    }
+}
+
+fn still_inside(threads: &str) -> Error {
+    Error::new(ErrorKind::TimedOut, format!("end the threads of the device: still inside the backend: {threads}"))
 }
 
 impl Device {
@@ -245,7 +293,7 @@ impl Device {
             geometry,
             health,
             deadlines,
-            threads: serving.queues.iter().filter_map(|queue| Some(queue.thread.as_ref()?.thread().id())).collect(),
+            threads: serving.thread_ids(),
             stats: serving.queues.iter().map(|queue| Arc::clone(&queue.shared)).collect(),
             serving: Mutex::new(serving),
             phase: Mutex::new(Phase::Open),
@@ -283,7 +331,8 @@ impl Device {
         self.stats.iter().map(|queue| queue.snapshot()).collect()
     }
 
-    /// The first error that a queue could not serve past, if there was one. The device then fails all I/O.
+    /// The first error that a queue could not serve past, if there was one; of the kind [`ErrorKind::State`] if somebody
+    /// else stopped the device. It then fails all I/O.
     #[must_use]
     pub fn first_error(&self) -> Option<Error> {
         self.health.first_error()
@@ -319,8 +368,10 @@ impl Device {
     /// device is stopped all the same, and deleted when they let go: [`Deletion::Deferred`] says who they are.
     ///
     /// # Errors
-    /// [`ErrorKind::TimedOut`] when a backend call does not return: the device fails all I/O then, but a thread of it is
-    /// left. [`ErrorKind::State`] when called from a thread that serves this device.
+    /// [`ErrorKind::TimedOut`] when a backend call does not return; a thread is left inside it. If it is a worker, all I/O
+    /// of the device fails and the device is gone. If it is a queue's own thread, the kernel keeps that queue's I/O waiting
+    /// until the call returns or the process ends. Closing again, then, finishes what is left; so does dropping the
+    /// device. [`ErrorKind::State`] when called from a thread that serves this device.
     pub fn close(&self) -> Result<Closed> {
         self.close_within(self.deadlines)
     }
@@ -334,12 +385,16 @@ impl Device {
         }
         {
             let mut phase = self.phase();
+            let mut waited = false;
             loop {
                 match &*phase {
                     Phase::Open => break,
+                    // What did not end in time may end now.
+                    Phase::Closed(Err(error)) if error.kind() == ErrorKind::TimedOut && !waited => break,
                     Phase::Closed(result) => return result.clone(),
                     Phase::Closing => {
                         phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
+                        waited = true;
                     }
                 }
             }
@@ -355,6 +410,7 @@ impl Device {
     pub(crate) fn undo_start(&self) {
         *self.phase() = Phase::Closed(Err(Error::new(ErrorKind::State, "close the device: it was never started")));
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
+        self.health.closing();
         serving.abandon();
         // What is stuck in a handler's `open` cannot be ended; the start's own error tells more.
         let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
@@ -366,7 +422,15 @@ impl Device {
 
     fn close_once(&self, deadlines: Deadlines) -> Result<Closed> {
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.controller.stop(self.id(), deadlines.stop) {
+        self.health.closing();
+        // No STOP while a queue's thread is inside the backend and does not come back: it would wait in the kernel for that
+        // thread's request, beyond any signal, and this process, which holds the character device that would have to be
+        // let go for the request to fail, would wait for the STOP: not even SIGKILL could end it.
+        let until = Instant::now() + deadlines.stop;
+        let stopped = serving
+            .await_answers(until)
+            .and_then(|()| self.controller.stop(self.id(), until.saturating_duration_since(Instant::now())));
+        match stopped {
             Ok(()) => {}
             // Somebody else deleted it: only our side is left to end.
             Err(error) if error.kind() == ErrorKind::NotFound => serving.abandon(),
@@ -375,13 +439,20 @@ impl Device {
                 // and then the stop succeeds.
                 self.health.fail(error);
                 serving.abandon();
-                let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+                // A queue that is inside the backend cannot give it up: another STOP, or a DEL, would only wait in the
+                // kernel for the first one, and with DEL every other device of the machine for that.
+                serving.join_queues(&self.health, Instant::now() + JOIN_DEADLINE)?;
                 self.controller.stop(self.id(), JOIN_DEADLINE)?;
             }
         }
-        serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
+        let joined = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+        if !serving.queues_ended() {
+            return joined.and(Err(still_inside("a queue")));
+        }
         drop(serving);
-        self.delete(deadlines.delete)
+        // A worker that is stuck holds nothing of the device's.
+        let deleted = self.delete(deadlines.delete);
+        joined.and(deleted)
     }
 
     fn delete(&self, deadline: Duration) -> Result<Closed> {
@@ -403,6 +474,11 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
+        let failed = matches!(&*self.phase(), Phase::Closed(Err(_)));
+        if failed && !self.serving.lock().unwrap_or_else(PoisonError::into_inner).is_idle(&self.health) {
+            // Closing was tried, and what it waited for in vain has not ended since.
+            return;
+        }
         let short = Duration::from_secs(5);
         let deadlines = Deadlines {
             stop: self.deadlines.stop.min(short),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ThreadId};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -151,6 +151,16 @@ impl Workers {
 
     pub(crate) fn pool(&self) -> Arc<Pool> {
         Arc::clone(&self.pool)
+    }
+
+    /// Ids of the workers' threads.
+    pub(crate) fn thread_ids(&self) -> impl Iterator<Item = ThreadId> {
+        self.threads.iter().map(|thread| thread.thread().id())
+    }
+
+    /// Whether all of them have ended.
+    pub(crate) fn have_ended(&self) -> bool {
+        self.pool.lock().running == 0
     }
 
     /// Ends the workers. Returns false if some did not end by `deadline`: they are stuck in the backend and are left.

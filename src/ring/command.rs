@@ -24,7 +24,7 @@ pub(crate) enum Outcome {
     Answered(i32, Box<[u8]>),
     /// The deadline passed, or the command was called off, and the kernel has let go of it since.
     CalledOff(i32),
-    /// As above, but the kernel still holds the command: its ring and payload are leaked on purpose.
+    /// As above, but the kernel still holds the command: its payload, if it has one, is leaked on purpose with its ring.
     Stuck,
 }
 
@@ -118,7 +118,10 @@ impl CommandRing {
                 Ok((Outcome::CalledOff(result), (pending == 0).then_some(self)))
             }
             (None, _) => {
-                std::mem::forget((self, payload));
+                // Without a payload the kernel holds nothing of this process, and ends the ring when the command ends.
+                if !payload.is_empty() {
+                    std::mem::forget((self, payload));
+                }
                 Ok((Outcome::Stuck, None))
             }
         }

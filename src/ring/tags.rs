@@ -48,6 +48,8 @@ pub(crate) struct Shared {
     asleep: AtomicBool,
     /// The queue is to end now, whatever it owns.
     abandoned: AtomicBool,
+    /// How often the queue's thread has noticed a wake-up.
+    woken: AtomicU64,
     wake: EventFd,
 }
 
@@ -62,6 +64,7 @@ impl Shared {
             results: (0..depth).map(|_| AtomicI32::new(0)).collect(),
             asleep: AtomicBool::new(false),
             abandoned: AtomicBool::new(false),
+            woken: AtomicU64::new(0),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
     }
@@ -75,6 +78,18 @@ impl Shared {
     pub(crate) fn abandon(&self) {
         self.abandoned.store(true, Ordering::SeqCst);
         self.wake();
+    }
+
+    /// Asks the queue's thread for a sign of life; [`has_answered`](Self::has_answered) knows whether it came.
+    pub(crate) fn ask(&self) -> u64 {
+        let before = self.woken.load(Ordering::SeqCst);
+        self.wake();
+        before
+    }
+
+    /// Whether the thread has come by since it was asked: it is not inside a backend for good.
+    pub(crate) fn has_answered(&self, asked: u64) -> bool {
+        self.woken.load(Ordering::SeqCst) != asked
     }
 
     fn wake(&self) {
@@ -329,6 +344,7 @@ impl Tags {
     fn other(&mut self, index: u64, result: i32) {
         if index == WAKE && result >= 0 {
             let _ = self.shared.wake.read();
+            self.shared.woken.fetch_add(1, Ordering::SeqCst);
             self.arm_wake();
             return;
         }

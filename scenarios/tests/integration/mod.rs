@@ -1,0 +1,38 @@
+//! The trials, by what they are about.
+
+mod capabilities;
+mod client;
+mod close;
+mod control;
+mod disk;
+mod errnos;
+mod faults;
+mod geometry;
+mod handlers;
+mod io;
+mod orphans;
+mod queues;
+pub(crate) mod runner;
+pub(crate) mod server;
+mod sizes;
+mod start;
+
+pub(crate) fn all() -> Vec<runner::Case> {
+    [
+        geometry::cases(),
+        sizes::cases(),
+        io::cases(),
+        errnos::cases(),
+        faults::cases(),
+        capabilities::cases(),
+        handlers::cases(),
+        queues::cases(),
+        close::cases(),
+        start::cases(),
+        control::cases(),
+        orphans::cases(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

@@ -1,0 +1,206 @@
+//! Runs each trial alone, within a deadline, and looks for what it left behind.
+
+use std::any::Any;
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use nix::fcntl::{Flock, FlockArg};
+use ublkit::Controller;
+
+/// What a trial may take unless it says otherwise; a trial takes a second or so in an emulated guest.
+const DEADLINE: Duration = Duration::from_secs(40);
+/// A trial that takes longer is named with its time.
+const SLOW: Duration = Duration::from_secs(3);
+/// How long what a trial used may take to vanish: the kernel drops rings and minors in the background.
+const SETTLE: Duration = Duration::from_secs(8);
+
+/// A trial: it fails by panicking.
+pub(crate) struct Case {
+    pub(crate) name: &'static str,
+    pub(crate) deadline: Duration,
+    pub(crate) run: fn(),
+}
+
+impl Case {
+    pub(crate) const fn new(name: &'static str, run: fn()) -> Self {
+        Self { name, deadline: DEADLINE, run }
+    }
+
+    pub(crate) const fn within(mut self, deadline: Duration) -> Self {
+        self.deadline = deadline;
+        self
+    }
+}
+
+/// The cases of a module, named after it.
+macro_rules! cases {
+    ($module:literal: $($name:ident $(in $seconds:literal s)?),+ $(,)?) => {
+        pub(crate) fn cases() -> Vec<super::runner::Case> {
+            vec![$(
+                super::runner::Case::new(concat!($module, "::", stringify!($name)), $name)
+                    $(.within(std::time::Duration::from_secs($seconds)))?
+            ),+]
+        }
+    };
+}
+pub(crate) use cases;
+
+pub(crate) fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    // Listing works anywhere: that is how nextest learns what there is.
+    if !arguments.list
+        && let Err(reason) = requirements()
+    {
+        eprintln!("error: these trials need a kernel with ublk, and root: {reason}");
+        eprintln!("       as root on this machine: modprobe ublk_drv; anywhere else: ci/vm -- COMMAND");
+        return ExitCode::from(101);
+    }
+    let trials = super::all().into_iter().map(|case| Trial::test(case.name, move || run(&case))).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn requirements() -> Result<(), String> {
+    Controller::open().map(drop).map_err(|error| format!("failed to {error}"))?;
+    if !nix::unistd::geteuid().is_root() {
+        return Err("not root".into());
+    }
+    Ok(())
+}
+
+fn run(case: &Case) -> Result<(), Failed> {
+    let begun = Instant::now();
+    let _alone = lock().map_err(|error| format!("failed to lock {}: {error}", lock_path().display()))?;
+    let mut log = KernelLog::from_here().map_err(|error| format!("failed to open the kernel log: {error}"))?;
+    let before = Footprint::now();
+    let (done, outcome) = mpsc::channel();
+    let body = case.run;
+    let thread = std::thread::Builder::new()
+        .name("trial".into())
+        .spawn(move || {
+            let _ = done.send(std::panic::catch_unwind(body));
+        })
+        .map_err(|error| format!("failed to start a thread: {error}"))?;
+    let mut problems = match outcome.recv_timeout(case.deadline) {
+        Ok(result) => {
+            let _ = thread.join();
+            result.err().map(|payload| message_of(&*payload)).into_iter().collect()
+        }
+        Err(_) => vec![format!("not done within {:?}:\n{}", case.deadline, stacks())],
+    };
+    problems.extend(before.left_behind());
+    problems.extend(log.complaints());
+    if begun.elapsed() > SLOW {
+        eprintln!("{}: {:.1} s", case.name, begun.elapsed().as_secs_f64());
+    }
+    if problems.is_empty() { Ok(()) } else { Err(problems.join("\n").into()) }
+}
+
+pub(crate) fn message_of(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<&str>().map(|text| (*text).to_owned());
+    text.or_else(|| payload.downcast_ref::<String>().cloned()).unwrap_or_else(|| "a panic without a message".into())
+}
+
+fn lock_path() -> PathBuf {
+    std::env::temp_dir().join("ublkit-integration.lock")
+}
+
+fn lock() -> io::Result<Flock<File>> {
+    let file = OpenOptions::new().create(true).truncate(false).write(true).open(lock_path())?;
+    Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
+}
+
+/// Every thread of this process: name, kernel stack and what it waits for.
+fn stacks() -> String {
+    let mut text = String::new();
+    for task in entries("/proc/self/task") {
+        let read = |name: &str| fs::read_to_string(task.join(name)).unwrap_or_default();
+        let _ = writeln!(text, "{} {} {}\n{}", task.display(), read("comm").trim(), read("wchan"), read("stack"));
+    }
+    text
+}
+
+fn entries(path: &str) -> Vec<PathBuf> {
+    fs::read_dir(path).map(|dir| dir.flatten().map(|entry| entry.path()).collect()).unwrap_or_default()
+}
+
+/// Ids of the ublk devices that exist now, as the driver's own class shows them.
+pub(crate) fn ids() -> BTreeSet<u32> {
+    let id = |path: PathBuf| path.file_name()?.to_str()?.strip_prefix("ublkc")?.parse().ok();
+    entries("/sys/class/ublk-char").into_iter().filter_map(id).collect()
+}
+
+/// Names of this process's threads. Those that io_uring made stay for some seconds, and are none of ours.
+fn threads() -> Vec<String> {
+    let name = |task: &PathBuf| fs::read_to_string(task.join("comm")).unwrap_or_default().trim().to_owned();
+    entries("/proc/self/task").iter().map(name).filter(|name| !name.starts_with("iou-")).collect()
+}
+
+/// What a process and the driver hold.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Footprint {
+    pub(crate) ids: BTreeSet<u32>,
+    pub(crate) threads: usize,
+    pub(crate) descriptors: usize,
+}
+
+impl Footprint {
+    pub(crate) fn now() -> Self {
+        Self { ids: ids(), threads: threads().len(), descriptors: entries("/proc/self/fd").len() }
+    }
+
+    fn exceeds(&self, other: &Self) -> bool {
+        !self.ids.is_subset(&other.ids) || self.threads > other.threads || self.descriptors > other.descriptors
+    }
+
+    /// What there is more of than at the time of `self`, after a while of patience.
+    pub(crate) fn left_behind(&self) -> Option<String> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let now = Self::now();
+            if !now.exceeds(self) {
+                return None;
+            }
+            if Instant::now() > deadline {
+                return Some(format!("left behind: there was {self:?} and there is {now:?}; {:?}", threads()));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+/// The kernel's messages from some moment on.
+struct KernelLog(File);
+
+impl KernelLog {
+    fn from_here() -> io::Result<Self> {
+        let mut log = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open("/dev/kmsg")?;
+        log.seek(SeekFrom::End(0))?;
+        Ok(Self(log))
+    }
+
+    /// What a sound kernel never says. I/O errors are not among it: the trials cause them.
+    fn complaints(&mut self) -> Option<String> {
+        const ALARMS: [&str; 6] =
+            ["WARNING:", "BUG:", "Oops", "blocked for more than", "general protection", "rcu: INFO"];
+        let mut record = [0; 8192];
+        let mut text = String::new();
+        // One record for each read, until there is none; one that was overwritten meanwhile is an error of its own.
+        for _ in 0..100_000 {
+            match self.0.read(&mut record) {
+                Ok(len) => text.push_str(&String::from_utf8_lossy(&record[..len])),
+                Err(error) if error.raw_os_error() == Some(nix::libc::EPIPE) => {}
+                Err(_) => break,
+            }
+        }
+        let found = ALARMS.iter().any(|alarm| text.contains(alarm));
+        found.then(|| format!("the kernel complained:\n{text}"))
+    }
+}

@@ -136,14 +136,23 @@ impl Args {
         let opened = context.step("open", Duration::from_secs(30), |_| subject.open())?;
         let plan = self.plan(context, &opened)?;
         self.require(context, &plan, &opened);
-        let mut workers = context.step("torture", self.deadline(context), |context| {
-            let workers = self.work(context, &plan, &opened)?;
+        let mut workers = Vec::new();
+        let drawn = context.step("torture", self.deadline(context), |context| {
+            let outcome;
+            (workers, outcome) = self.work(context, &plan, &opened)?;
+            outcome?;
             let (ops, bytes) = workers.iter().fold((0, 0), |(ops, bytes), worker| {
                 (ops + worker.tally().ops(), bytes + worker.tally().verified_bytes())
             });
             context.detail(format!("{ops} operations, {bytes} bytes verified"));
-            Ok(workers)
-        })?;
+            Ok(())
+        });
+        if let Err(failure) = drawn {
+            if matches!(failure, Failure::DeviceBroke(_)) {
+                Self::survey(context, subject, &mut workers);
+            }
+            return Err(failure);
+        }
         context.always("verify through a second opening", VERIFY_DEADLINE, |context| {
             let file = subject.open()?.file;
             let read = |buf: &mut [u8], offset| std::os::unix::fs::FileExt::read_exact_at(&file, buf, offset);
@@ -165,6 +174,22 @@ impl Args {
                 .add("served_requests", target.device().stats().iter().map(|queue| queue.requests).sum());
         }
         if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) }
+    }
+
+    /// After the first wrong byte, looks for others: a write that went astray has two victims, and which one is met first
+    /// is chance.
+    fn survey(context: &mut Context, subject: &Subject, workers: &mut [Worker]) {
+        // What it finds is told and changes nothing: the run has failed already.
+        let _ = context.always("survey", VERIFY_DEADLINE, |context| {
+            let file = subject.open()?.file;
+            let read = |buf: &mut [u8], offset| std::os::unix::fs::FileExt::read_exact_at(&file, buf, offset);
+            let found = verify::survey(workers, read);
+            context.detail(format!("{} places on the device hold what they should not", found.len()));
+            for mismatch in found {
+                context.sink().send(*mismatch);
+            }
+            Ok(())
+        });
     }
 
     fn plan(&self, context: &Context, opened: &Opened) -> Result<Plan, Failure> {
@@ -227,7 +252,12 @@ impl Args {
     }
 
     /// Runs the workers, tells how far they are, and returns them.
-    fn work(&self, context: &Context, plan: &Plan, opened: &Opened) -> Result<Vec<Worker>, Failure> {
+    fn work(
+        &self,
+        context: &Context,
+        plan: &Plan,
+        opened: &Opened,
+    ) -> Result<(Vec<Worker>, Result<(), Failure>), Failure> {
         let (limits, until) = self.limits(context);
         let shared = Arc::new(Shared::new(context, opened, limits, !self.no_passes, self.prefill || !opened.zeroed));
         let pattern = Arc::new(Pattern::new(context.seed(), opened.device_id));
@@ -259,7 +289,7 @@ impl Args {
                 .into_iter()
                 .map(|handle| {
                     handle.and_then(|handle| {
-                        handle.join().unwrap_or_else(|_| Err(Failure::Internal("a worker panicked".to_owned())))
+                        handle.join().map_err(|_panic| Failure::Internal("a worker panicked".to_owned()))
                     })
                 })
                 .collect()
@@ -267,7 +297,14 @@ impl Args {
         let total = shared.total();
         total.add_to(context.evidence());
         context.evidence().add("work_ms", start.elapsed().as_millis() as u64);
-        results.into_iter().collect()
+        let mut workers = Vec::with_capacity(results.len());
+        let mut outcome = Ok(());
+        for result in results {
+            let (worker, own) = result?;
+            workers.push(worker);
+            outcome = outcome.and(own);
+        }
+        Ok((workers, outcome))
     }
 
     fn tell(

@@ -220,33 +220,57 @@ impl Worker {
         &self.tally
     }
 
-    /// Works until a limit is reached, something is wrong, or it is told to end; then nothing is in flight.
-    pub(super) fn run(mut self) -> Result<Self, Failure> {
+    /// Works until a limit is reached, something is wrong, or it is told to end. Then nothing is in flight, and what its
+    /// region may hold is known again.
+    pub(super) fn run(mut self) -> (Self, Result<(), Failure>) {
         let result = self.work();
         if result.is_err() {
             // The first wrong byte ends the run: what the others would find after it says less.
             self.shared.stop();
         }
-        result.map(|()| self)
+        (self, result)
     }
 
     fn work(&mut self) -> Result<(), Failure> {
         let lacking = |error: &io::Error| Failure::Environment(format!("failed to set up I/O for a worker: {error}"));
-        let file = std::mem::replace(&mut self.file, Err(io::ErrorKind::NotFound.into()))
-            .map_err(|error| lacking(&error))?;
+        let file = std::mem::replace(&mut self.file, Err(io::ErrorKind::NotFound.into()));
+        let file = file.map_err(|error| lacking(&error))?;
         let client = BlockClient::new(file, self.depth, self.slot_bytes).map_err(|error| lacking(&error))?;
         let mut flights = Flights::new(client, self.index, &self.shared);
+        let result = self.all_of_it(&mut flights);
+        if result.is_err() {
+            self.settle(&mut flights);
+        }
+        result
+    }
+
+    fn all_of_it(&mut self, flights: &mut Flights) -> Result<(), Failure> {
         if self.shared.prefill {
-            self.prefill(&mut flights)?;
+            self.prefill(flights)?;
         }
         let began = Instant::now();
-        self.draw(&mut flights)?;
+        self.draw(flights)?;
         // Summed over the workers: time in which they drew operations, without setting up and filling before.
         Tally::count(&self.tally.draw_us, began.elapsed().as_micros() as u64);
         if self.shared.passes && !self.shared.stopped() {
-            self.pass(&mut flights)?;
+            self.pass(flights)?;
         }
         Ok(())
+    }
+
+    /// Sees what is in flight to its end after something went wrong, without judging it.
+    fn settle(&mut self, flights: &mut Flights) {
+        while flights.client.in_flight() > 0 && flights.client.submit_and_wait(1, LOOK_AROUND).is_ok() {
+            while let Some((slot, result)) = flights.client.next_completion() {
+                flights.progressed = true;
+                let Some(Flight { op, ticket: Some(ticket) }) = flights.ops[usize::from(slot)].take() else {
+                    continue;
+                };
+                let whole = op.kind != OpKind::Read && self.whole(op, result).is_ok();
+                self.shadow.finish(ticket, if whole { Outcome::Done } else { Outcome::Failed });
+            }
+            flights.rearm(&self.shared);
+        }
     }
 
     /// Writes every sector of the region once.

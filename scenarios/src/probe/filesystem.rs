@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -89,7 +90,9 @@ fn use_mounted(
     context.step("concurrent-writers", s(120), |context| concurrent_writers(context, target, mounted, files))?;
     for round in 1..=power::CUTS {
         let name = format!("power-cut-{round}");
-        context.step(&name, s(180), |context| power::cut(context, args, mounted, freezer, round, made))?;
+        // The whole storage is copied.
+        let limit = s(180 + (target.geometry().size >> 24));
+        context.step(&name, limit, |context| power::cut(context, args, mounted, freezer, round, made))?;
     }
     Ok(())
 }

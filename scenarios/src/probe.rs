@@ -1,7 +1,7 @@
 //! `probe`: step by step, do both sides of the stack agree?
 //!
 //! The one side is the block device that applications use, the other the bytes in the server's storage. The
-//! [device part](device) compares them without anything between, the [file-system part](filesystem) with ext4 and
+//! device part compares them without anything between, the file-system part with ext4 and
 //! the page cache, over unmounts and power cuts. At the end nothing may be left.
 
 mod device;

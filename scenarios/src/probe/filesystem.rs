@@ -84,7 +84,7 @@ fn use_mounted(
     let s = Duration::from_secs;
     context.step("write-and-syncfs", s(60), |context| write_and_syncfs(context, target, mounted, files))?;
     context.step("fsync-alone", s(60), |context| fsync_alone(context, target, mounted, files))?;
-    context.step("read-back-cold", s(60), |context| read_back_cold(context, target, mounted, &files))?;
+    context.step("read-back-cold", s(60), |context| read_back_cold(context, target, mounted, files))?;
     context.step("magic-in-storage", s(120), |context| magic_in_storage(context, target, mounted))?;
     files.push((String::from("magic"), MAGIC_LEN));
     context.step("concurrent-writers", s(120), |context| concurrent_writers(context, target, mounted, files))?;
@@ -122,6 +122,8 @@ fn run(tool: &str, args: &[&str]) -> Result<(), Failure> {
     let output = Command::new(&program)
         .args(args)
         .stdin(Stdio::null())
+        // In a process group of its own: what is typed at the terminal is for this program to deal with.
+        .process_group(0)
         .output()
         .map_err(|error| Failure::Environment(format!("failed to run {}: {error}", program.display())))?;
     if output.status.success() {

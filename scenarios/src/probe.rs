@@ -1,7 +1,7 @@
 //! `probe`: step by step, do both sides of the stack agree?
 //!
 //! The one side is the block device that applications use, the other the bytes in the server's storage. The
-//! [device part](device) compares them without anything between, the [file-system part](filesystem) with ext4 and
+//! device part compares them without anything between, the file-system part with ext4 and
 //! the page cache, over unmounts and power cuts. At the end nothing may be left.
 
 mod device;
@@ -27,6 +27,9 @@ use power::Freezer;
 
 /// The smallest device that the file system and the files on it have room on.
 const SIZE_MIN: u64 = 64 << 20;
+/// The largest whose file system can be made at once and copied at each power cut. Offsets far beyond are tried on a
+/// device of their own.
+const SIZE_MAX: u64 = 64 << 30;
 
 /// The arguments of `probe`, and so the scenario.
 #[derive(Clone, Debug, clap::Args)]
@@ -51,10 +54,12 @@ impl Scenario for Args {
     }
 
     fn validate(&self) -> Result<(), Failure> {
-        if self.target.size < SIZE_MIN {
+        if !(SIZE_MIN..=SIZE_MAX).contains(&self.target.size) {
             return Err(Failure::Usage(format!(
-                "--size: probe makes a file system and needs at least {}",
-                format_bytes(SIZE_MIN)
+                "--size {}: probe makes a file system on the device; choose a size from {} to {}",
+                self.target.size,
+                format_bytes(SIZE_MIN),
+                format_bytes(SIZE_MAX)
             )));
         }
         Ok(())

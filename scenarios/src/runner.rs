@@ -33,7 +33,9 @@ const WIND_DOWN: Duration = Duration::from_secs(120);
 const CLEAN_UP: Duration = Duration::from_secs(60);
 
 /// Runs `scenario`, and returns the exit status of the process.
-pub(crate) fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<Duration>, args: &[OsString]) -> u8 {
+///
+/// `args` is the whole command line, for the command that runs it again. When something hangs, the process ends here.
+pub fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<Duration>, args: &[OsString]) -> u8 {
     let common = scenario.common();
     let prepared = scenario.validate().and_then(|()| prepare(common.report.as_deref()));
     let mut reporters: Vec<Box<dyn Reporter>> = match prepared {

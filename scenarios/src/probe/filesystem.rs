@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::thread;
@@ -83,13 +84,15 @@ fn use_mounted(
     let s = Duration::from_secs;
     context.step("write-and-syncfs", s(60), |context| write_and_syncfs(context, target, mounted, files))?;
     context.step("fsync-alone", s(60), |context| fsync_alone(context, target, mounted, files))?;
-    context.step("read-back-cold", s(60), |context| read_back_cold(context, target, mounted, &files))?;
+    context.step("read-back-cold", s(60), |context| read_back_cold(context, target, mounted, files))?;
     context.step("magic-in-storage", s(120), |context| magic_in_storage(context, target, mounted))?;
     files.push((String::from("magic"), MAGIC_LEN));
     context.step("concurrent-writers", s(120), |context| concurrent_writers(context, target, mounted, files))?;
     for round in 1..=power::CUTS {
         let name = format!("power-cut-{round}");
-        context.step(&name, s(180), |context| power::cut(context, args, mounted, freezer, round, made))?;
+        // The whole storage is copied.
+        let limit = s(180 + (target.geometry().size >> 24));
+        context.step(&name, limit, |context| power::cut(context, args, mounted, freezer, round, made))?;
     }
     Ok(())
 }
@@ -119,6 +122,8 @@ fn run(tool: &str, args: &[&str]) -> Result<(), Failure> {
     let output = Command::new(&program)
         .args(args)
         .stdin(Stdio::null())
+        // In a process group of its own: what is typed at the terminal is for this program to deal with.
+        .process_group(0)
         .output()
         .map_err(|error| Failure::Environment(format!("failed to run {}: {error}", program.display())))?;
     if output.status.success() {

@@ -78,7 +78,7 @@ impl Backend for Freezer {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.pass(|inner| inner.flush())
+        self.pass(Backend::flush)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {

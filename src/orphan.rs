@@ -575,8 +575,10 @@ mod tests {
         let found = survey.list(SHORT).expect("list");
         assert_eq!(class(&found), Class::Dead, "{}", found[0]);
         assert!(driver.deleted().is_empty(), "listing deletes nothing");
+        let started = Instant::now();
         let cleaned = survey.clean(&found, |class| class == Class::Dead);
         assert!(matches!(cleaned[0].outcome, Outcome::Deleted), "{}", cleaned[0]);
+        assert!(started.elapsed() < GONE_LIMIT / 2, "the claim was kept too long");
         assert_eq!(driver.deleted(), [3]);
     }
 

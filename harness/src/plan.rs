@@ -133,6 +133,15 @@ impl PlanOptions {
         }
     }
 
+    /// How long an operation can be at most, in bytes: with any size, four times the largest I/O, so that it is split.
+    #[must_use]
+    pub fn longest_bytes(&self) -> u64 {
+        match self.size {
+            IoSize::Any => self.max_io_bytes * draw::BEYOND,
+            IoSize::Fixed(bytes) => bytes,
+        }
+    }
+
     /// The mix without what the device does not offer. A write that is to be durable becomes a plain one.
     #[must_use]
     pub fn offered_mix(&self) -> Mix {

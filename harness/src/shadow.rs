@@ -1,8 +1,8 @@
 //! The shadow: what each sector of one worker's region may hold now.
 //!
 //! The worker announces each operation before it is submitted and says how it ended; the shadow gives writes their
-//! payload and judges what reads return. It holds four bytes per sector, under 1 % of the region, which the operating
-//! system provides as they are touched.
+//! payload and judges what reads return. It holds four bytes per sector, under 1 % of the region, and
+//! only for the parts that were touched.
 //!
 //! An operation whose fate is unknown leaves each of its sectors *unsettled*: it holds the old content or the new. The
 //! first read that sees it settles which, and from then on it may not change again. Unsettled sectors, which only
@@ -13,6 +13,7 @@
 
 mod history;
 mod state;
+mod table;
 #[cfg(test)]
 mod tests;
 
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 
 use self::history::{Entry, History};
 use self::state::{Kind, Previous, State};
+use self::table::Table;
 use crate::classify::{Class, Classifier, Content, Expected};
 use crate::mismatch::{Mismatch, SectorDump};
 use crate::plan::OpKind;
@@ -100,9 +102,7 @@ pub struct Verified {
 #[derive(Debug)]
 pub struct Shadow {
     options: ShadowOptions,
-    /// The bits of each sector's [`State`]: a vector of integers, because only of these the operating system gives
-    /// zeroes without touching them.
-    states: Vec<u32>,
+    table: Table,
     unsettled: HashMap<u64, Vec<Content>>,
     in_flight: Vec<Flight>,
     history: History,
@@ -133,7 +133,7 @@ impl Shadow {
     pub fn new(options: ShadowOptions) -> Self {
         let sectors = options.region.sectors;
         Self {
-            states: vec![State::UNTOUCHED.bits(); sectors as usize],
+            table: Table::new(sectors),
             unsettled: HashMap::new(),
             in_flight: Vec::with_capacity(64),
             history: History::for_region(sectors),
@@ -255,6 +255,7 @@ impl Shadow {
     /// When it is not in the region.
     #[must_use]
     pub fn expected(&self, sector: u64) -> Expected {
+        assert!(self.options.region.contains(sector), "sector {sector} is in the region {}", self.options.region);
         let state = self.state(sector);
         Expected { allowed: self.contents(sector, state), previous: state.previous(), newest: state.newest() }
     }
@@ -265,28 +266,26 @@ impl Shadow {
         let unsettled = self.unsettled.values().map(|contents| size_of_val(&contents[..])).sum::<usize>()
             + self.unsettled.capacity() * size_of::<(u64, Vec<Content>)>();
         size_of::<Self>()
-            + size_of_val(&self.states[..])
+            + self.table.memory_bytes()
             + self.history.memory_bytes()
             + self.in_flight.capacity() * size_of::<Flight>()
             + unsettled
     }
 
     #[inline]
-    fn at(&self, sector: u64) -> usize {
-        (sector - self.options.region.first) as usize
+    fn at(&self, sector: u64) -> u64 {
+        sector - self.options.region.first
     }
 
     #[inline]
     fn state(&self, sector: u64) -> State {
-        State::from_bits(self.states[self.at(sector)])
+        self.table.get(self.at(sector))
     }
 
     fn begin_any_write(&mut self, op: u64, kind: OpKind, range: SectorRange, buf: &mut [u8]) -> Ticket {
         assert_eq!(buf.len() as u64, range.len_bytes(), "the buffer is as long as the range");
         let ticket = self.begin(op, kind, range, DiscardPromise::Zeroes);
-        let first = self.at(range.first);
-        let states = &self.states[first..];
-        let next = |sector: u64| State::from_bits(states[(sector - range.first) as usize]).next();
+        let next = |sector: u64| self.state(sector).next();
         self.options.pattern.fill(buf, range.first, next);
         ticket
     }
@@ -314,10 +313,7 @@ impl Shadow {
         if !self.unsettled.is_empty() {
             self.forget_alternatives(range);
         }
-        let first = self.at(range.first);
-        for state in &mut self.states[first..first + range.sectors as usize] {
-            *state = to(State::from_bits(*state)).bits();
-        }
+        self.table.change(self.at(range.first), range.sectors, to);
     }
 
     #[cold]
@@ -349,14 +345,14 @@ impl Shadow {
 
     /// Notes what a sector may hold, in the shortest way there is.
     fn settle(&mut self, sector: u64, contents: Vec<Content>, newest: Generation) {
-        let at = self.at(sector);
         let kind = match contents[..] {
             _ if contents.contains(&Content::Unknown) => Kind::Unknown,
             [Content::Zero] => Kind::Zeroed,
             [Content::Written(generation)] if generation == newest => Kind::Written,
             _ => Kind::Unsettled,
         };
-        self.states[at] = State::new(kind, newest, Previous::Unknown).bits();
+        let state = State::new(kind, newest, Previous::Unknown);
+        self.table.change(self.at(sector), 1, |_| state);
         if kind == Kind::Unsettled {
             self.unsettled.insert(sector, contents);
         } else {
@@ -379,10 +375,14 @@ impl Shadow {
         let (sectors, _none) = buf.as_chunks::<SECTOR>();
         let (mut unknown, mut settled) = (0, 0);
         let mut rest = range.first;
-        loop {
-            rest += self.right_run(rest, &sectors[(rest - range.first) as usize..], &mut unknown);
-            if rest == range.end() {
-                break;
+        while rest < range.end() {
+            let left = &sectors[(rest - range.first) as usize..];
+            let states = self.table.run(self.at(rest));
+            let run = left.len().min(states.len());
+            let right = self.right_run(rest, &left[..run], states, &mut unknown);
+            rest += right as u64;
+            if right == run {
+                continue;
             }
             match self.look_closer(rest, &sectors[(rest - range.first) as usize]) {
                 Look::Right => {}
@@ -396,10 +396,9 @@ impl Shadow {
     }
 
     /// How many sectors from `first` on are right at first sight; adds those that may hold anything to `unknown`.
-    fn right_run(&self, first: u64, sectors: &[[u8; SECTOR]], unknown: &mut u64) -> u64 {
+    fn right_run(&self, first: u64, sectors: &[[u8; SECTOR]], states: &[u32], unknown: &mut u64) -> usize {
         let pattern = &*self.options.pattern;
         let zero = self.options.initially_zero;
-        let states = &self.states[self.at(first)..];
         let wrong = (first..).zip(sectors).zip(states).position(|((sector, got), bits)| {
             let state = State::from_bits(*bits);
             match state.kind() {
@@ -413,7 +412,7 @@ impl Shadow {
                 Kind::Unsettled => true,
             }
         });
-        wrong.unwrap_or(sectors.len()) as u64
+        wrong.unwrap_or(sectors.len())
     }
 
     #[cold]

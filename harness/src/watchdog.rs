@@ -123,7 +123,8 @@ impl Watchdog {
         Ok(Self { sender, next_id: AtomicU64::new(0), thread: Some(thread) })
     }
 
-    /// Watches `what` until the guard is dropped or `allowed` is over.
+    /// Watches `what` until the guard is dropped or `allowed` is over. For steps, not for single operations: each guard is
+    /// two messages to another thread.
     pub fn guard(&self, what: impl Into<String>, allowed: Duration) -> Guard {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let deadline = Deadline::after(allowed);

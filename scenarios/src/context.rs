@@ -173,7 +173,8 @@ impl Context {
         }
         let detail = match &result {
             Ok(_) => std::mem::take(&mut self.detail),
-            Err(failure) => failure.to_string(),
+            // Its event has the rest.
+            Err(failure) => failure.to_string().lines().next().unwrap_or_default().to_owned(),
         };
         let name = name.to_owned();
         self.sink.send(Event::StepFinished(StepFinished {

@@ -15,11 +15,14 @@ pub mod aligned;
 pub mod cli;
 pub mod context;
 pub mod environment;
+mod page;
 pub mod probe;
 pub mod runner;
-pub mod runs;
+mod runs;
 pub mod scenario;
+pub mod sysfs;
 pub mod target;
+pub mod torture;
 pub mod units;
 
 pub use context::{Context, SharedEvidence};

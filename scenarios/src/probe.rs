@@ -1,14 +1,32 @@
 //! `probe`: step by step, do both sides of the stack agree?
+//!
+//! The one side is the block device that applications use, the other the bytes in the server's storage. The
+//! [device part](device) compares them without anything between, the [file-system part](filesystem) with ext4 and
+//! the page cache, over unmounts and power cuts. At the end nothing may be left.
+
+mod device;
+mod filesystem;
+mod inventory;
+mod power;
 
 use std::collections::BTreeMap;
-use std::time::Duration;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Scenario};
-use crate::target::TargetArgs;
+use crate::target::{Storage, Target, TargetArgs};
+use crate::units::format_bytes;
+
+use inventory::Inventory;
+use power::Freezer;
+
+/// The smallest device that the file system and the files on it have room on.
+const SIZE_MIN: u64 = 64 << 20;
 
 /// The arguments of `probe`, and so the scenario.
 #[derive(Clone, Debug, clap::Args)]
@@ -32,8 +50,97 @@ impl Scenario for Args {
         Needs { ublk: true, tools: &["mkfs.ext4", "e2fsck"] }
     }
 
-    fn run(&self, context: &mut Context) -> Result<(), Failure> {
-        let target = context.step("start", Duration::from_secs(30), |context| self.target.start(context))?;
-        context.always("close", Duration::from_secs(60), |context| target.close(context))
+    fn validate(&self) -> Result<(), Failure> {
+        if self.target.size < SIZE_MIN {
+            return Err(Failure::Usage(format!(
+                "--size: probe makes a file system and needs at least {}",
+                format_bytes(SIZE_MIN)
+            )));
+        }
+        Ok(())
     }
+
+    fn run(&self, context: &mut Context) -> Result<(), Failure> {
+        self.state_minimums(context);
+        let before = Inventory::take();
+        let mut made = Vec::new();
+        let served = self.serve(context, &mut made);
+        // Whatever went wrong before, what is left is worth knowing; but the first failure is the one that is told.
+        let gone = context.always("nodes-gone", Duration::from_secs(20), |context| nodes_gone(context, &made));
+        served.and(gone)?;
+        context.step("nothing-left", Duration::from_secs(20), |context| before.compare(context))
+    }
+}
+
+impl Args {
+    /// The least work that proves something.
+    fn state_minimums(&self, context: &Context) {
+        let evidence = context.evidence();
+        let zero_read = device::window_bytes(self.target.size);
+        for (name, minimum) in [
+            ("zero_read_bytes", zero_read),
+            ("mapped_writes", 100),
+            ("storage_verified_bytes", zero_read),
+            ("file_bytes_found_in_storage", 64 << 10),
+            ("cold_read_bytes", 8 << 20),
+            ("concurrent_files_verified", 128),
+            ("journals_replayed", u64::from(power::CUTS)),
+            ("synced_files_after_power_cuts", 3 * u64::from(power::CUTS)),
+            ("files_verified_after_remount", 128),
+        ] {
+            evidence.require(name, minimum);
+        }
+    }
+
+    /// Everything that takes place while the device exists.
+    fn serve(&self, context: &mut Context, made: &mut Vec<u32>) -> Result<(), Failure> {
+        let limit = Duration::from_secs(60);
+        let (target, freezer) = context.step("start", limit, |context| {
+            let freezer = Arc::new(Freezer::new(self.target.storage()?));
+            let target = self.target.serve(context, Storage::new(freezer.clone()))?;
+            context.detail(format!("{} of {}", target.path().display(), format_bytes(target.geometry().size)));
+            Ok((target, freezer))
+        })?;
+        made.push(target.device().id());
+        let checked = self.check(context, &target, &freezer, made);
+        let closed = context.always("close", Duration::from_secs(120), |context| target.close(context));
+        checked.and(closed)
+    }
+
+    fn check(
+        &self,
+        context: &mut Context,
+        target: &Target,
+        freezer: &Freezer,
+        made: &mut Vec<u32>,
+    ) -> Result<(), Failure> {
+        device::check(context, target)?;
+        device::check_far_offsets(context, &self.target, made)?;
+        filesystem::check(context, &self.target, target, freezer, made)
+    }
+}
+
+/// Waits until nothing of the devices is left in `/dev` and `/sys`.
+fn nodes_gone(context: &mut Context, ids: &[u32]) -> Result<(), Failure> {
+    let patience = Instant::now() + Duration::from_secs(10);
+    for id in ids {
+        for path in [
+            format!("/dev/ublkb{id}"),
+            format!("/dev/ublkc{id}"),
+            format!("/sys/class/block/ublkb{id}"),
+            format!("/sys/class/ublk-char/ublkc{id}"),
+        ] {
+            while Path::new(&path).symlink_metadata().is_ok() {
+                if Instant::now() > patience {
+                    return Err(Failure::broke(
+                        "leak",
+                        format!("{path} is still there 10 s after its device was closed"),
+                    ));
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+    context.detail(format!("{} devices", ids.len()));
+    Ok(())
 }

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::sync::Arc;
@@ -21,6 +21,7 @@ use ublkit_harness::{EventLoop, EventSink, Reporter, Seed, Verdict, Watchdog};
 use crate::cli::complain;
 use crate::context::{Context, Interruption, SharedEvidence};
 use crate::environment::{self, Host};
+use crate::page::Page;
 use crate::runs::StateDir;
 use crate::scenario::{Failure, Scenario};
 
@@ -42,9 +43,15 @@ pub(crate) fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<
             return EXIT_USAGE;
         }
     };
-    reporters.push(Box::new(Terminal::stderr()));
+    let watched = io::stderr().is_terminal();
+    if watched || common.json {
+        reporters.push(Box::new(Terminal::stderr()));
+    }
     if common.json {
         reporters.push(Box::new(JsonLines::new(io::stdout())));
+    } else if !watched || !io::stdout().is_terminal() {
+        // A log or a pipe gets the plain lines.
+        reporters.push(Box::new(Terminal::plain(io::stdout())));
     }
     let events = match EventLoop::start(reporters) {
         Ok(events) => events,
@@ -252,7 +259,8 @@ fn prepare(report: Option<&Path>) -> Result<Vec<Box<dyn Reporter>>, Failure> {
     };
     fs::create_dir_all(dir).map_err(cannot)?;
     let events = File::create(dir.join("events.jsonl")).map_err(cannot)?;
-    Ok(vec![Box::new(JsonLines::new(events))])
+    let page = Page::new(dir.join("report.txt")).map_err(cannot)?;
+    Ok(vec![Box::new(JsonLines::new(events)), Box::new(page)])
 }
 
 /// The command that runs it again: the same options, with the seed and the duration made explicit, and without those that say

@@ -39,7 +39,7 @@ struct Run {
 
 /// The record of this run. Clones are the same record.
 #[derive(Clone, Debug)]
-pub struct RunRecord(Arc<Mutex<Kept>>);
+pub(crate) struct RunRecord(Arc<Mutex<Kept>>);
 
 #[derive(Debug)]
 struct Kept {
@@ -228,7 +228,7 @@ impl StateDir {
 
 impl RunRecord {
     /// This run made device `id`.
-    pub fn made(&self, id: u32) {
+    pub(crate) fn made(&self, id: u32) {
         let mut kept = self.lock();
         let inode = kept.state.inode(id);
         kept.run.devices.push(Made { id, inode });
@@ -236,7 +236,7 @@ impl RunRecord {
     }
 
     /// Device `id` is gone.
-    pub fn gone(&self, id: u32) {
+    pub(crate) fn gone(&self, id: u32) {
         let mut kept = self.lock();
         kept.run.devices.retain(|made| made.id != id);
         kept.write();

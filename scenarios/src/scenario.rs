@@ -73,10 +73,13 @@ fn parse<S: Scenario + FromArgMatches + 'static>(matches: &ArgMatches) -> Result
 }
 
 /// Every scenario there is.
-pub const SCENARIOS: &[Entry] = &[Entry::new::<crate::probe::Args>(
-    "probe",
-    "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
-)];
+pub const SCENARIOS: &[Entry] = &[
+    Entry::new::<crate::probe::Args>(
+        "probe",
+        "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
+    ),
+    Entry::new::<crate::torture::Args>("torture", "seeded random I/O of any size and place, every byte verified"),
+];
 
 /// Why a run ended early.
 #[derive(Debug)]

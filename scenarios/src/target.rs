@@ -12,6 +12,9 @@ use nix::libc;
 use serde_json::{Value, json};
 use ublkit::backends;
 use ublkit::{Backend, Closed, DataMode, Deletion, Device, Geometry};
+use ublkit_harness::mutant::{EVERY, Hits};
+use ublkit_harness::observe::{Counters, Counts};
+use ublkit_harness::{Event, Evidence, Mutant, MutantBackend, Observed};
 
 use crate::context::Context;
 use crate::scenario::Failure;
@@ -79,9 +82,36 @@ pub struct TargetArgs {
     /// What the device can do beside reading and writing, or `none`
     #[arg(long, value_name = "LIST", default_value = "flush,fua,discard,zeroes", value_parser = parse_capabilities)]
     pub capabilities: Capabilities,
-    /// Plant a bug in the backend: NAME, or NAME:N for every Nth request of its kind
-    #[arg(long, value_name = "NAME[:EVERY]")]
-    pub mutant: Option<String>,
+    /// Plant a bug in the backend: lost-write, misdirected-write or bitflip-read; NAME:N for one in N requests
+    #[arg(long, value_name = "NAME[:N]", value_parser = parse_planted)]
+    pub mutant: Option<Planted>,
+}
+
+/// A planted bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Planted {
+    /// Which.
+    pub mutant: Mutant,
+    /// It errs once in so many requests of its kind.
+    pub every: u64,
+}
+
+impl std::fmt::Display for Planted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.mutant, self.every)
+    }
+}
+
+fn parse_planted(text: &str) -> Result<Planted, String> {
+    let (name, every) = match text.split_once(':') {
+        None => (text, EVERY),
+        Some((name, every)) => match every.parse() {
+            Ok(every @ 1..) => (name, every),
+            _ => return Err(format!("'{every}' in '{text}' is not a whole number from 1")),
+        },
+    };
+    let mutant = name.parse::<Mutant>().map_err(|error| error.to_string())?;
+    Ok(Planted { mutant, every })
 }
 
 /// A set of [`Capability`].
@@ -126,7 +156,7 @@ impl TargetArgs {
             ("logical_block", json!(self.logical_block)),
             ("max_io", json!(self.max_io)),
             ("capabilities", json!(list)),
-            ("mutant", json!(self.mutant)),
+            ("mutant", json!(self.mutant.map(|planted| planted.to_string()))),
         ]
         .into_iter()
         .map(|(name, value)| (name.to_owned(), value))
@@ -157,21 +187,42 @@ impl TargetArgs {
     /// # Errors
     /// What the library says to the options, or what the environment lacks.
     pub fn start(&self, context: &Context) -> Result<Target, Failure> {
-        let geometry = self.geometry();
-        let storage: Arc<dyn Backend> = match self.backend {
-            BackendKind::Memory => Arc::new(backends::Memory::with_geometry(geometry)),
-            BackendKind::File => Arc::new(temporary_file(&geometry)?),
-        };
-        self.serve(context, Storage(storage), geometry)
+        self.serve(context, self.storage()?)
     }
 
-    /// Serves storage that is there already, with these options.
+    /// Makes the storage.
+    ///
+    /// # Errors
+    /// What the environment lacks, or what is wrong with the options.
+    pub fn storage(&self) -> Result<Storage, Failure> {
+        let geometry = self.geometry();
+        Ok(Storage(match self.backend {
+            BackendKind::Memory => Arc::new(backends::Memory::with_geometry(geometry)),
+            BackendKind::File => Arc::new(temporary_file(&geometry)?),
+        }))
+    }
+
+    /// Serves storage that is there already, with these options. The bug that is to be planted goes on top of it.
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub fn serve(&self, context: &Context, storage: Storage, geometry: Geometry) -> Result<Target, Failure> {
+    pub fn serve(&self, context: &Context, storage: Storage) -> Result<Target, Failure> {
+        let geometry = self.geometry();
+        let below = Arc::clone(&storage.0);
+        let (backend, counters, planted): (Arc<dyn Backend>, _, _) = match self.mutant {
+            None => {
+                let (observed, counters) = Observed::new(below);
+                (Arc::new(observed), counters, None)
+            }
+            Some(planted) => {
+                let mutant = MutantBackend::new(below, planted.mutant, planted.every, context.seed());
+                let hits = mutant.hits();
+                let (observed, counters) = Observed::new(mutant);
+                (Arc::new(observed), counters, Some(hits))
+            }
+        };
         let sink = context.sink().clone();
-        let device = Device::builder(Arc::clone(&storage.0))
+        let device = Device::builder(backend)
             .geometry(geometry)
             .queues(self.queues)
             .depth(self.depth)
@@ -181,10 +232,10 @@ impl TargetArgs {
                 Mode::Copy => DataMode::Copy,
                 Mode::UserCopy => DataMode::UserCopy,
             })
-            .on_event(move |event| sink.send(ublkit_harness::Event::note(event.to_string())))
+            .on_event(move |event| sink.send(Event::note(event.to_string())))
             .start()?;
         context.record.made(device.id());
-        Ok(Target { device, storage, geometry })
+        Ok(Target { device, storage, geometry, counters, planted })
     }
 }
 
@@ -218,6 +269,12 @@ impl Storage {
         Self(backend)
     }
 
+    /// The backend itself.
+    #[must_use]
+    pub fn backend(&self) -> &Arc<dyn Backend> {
+        &self.0
+    }
+
     /// Reads `buf` from `offset`, in bytes, past the device.
     ///
     /// # Errors
@@ -241,6 +298,8 @@ pub struct Target {
     device: Device,
     storage: Storage,
     geometry: Geometry,
+    counters: Arc<Counters>,
+    planted: Option<Hits>,
 }
 
 impl Target {
@@ -266,6 +325,12 @@ impl Target {
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// What the kernel has asked of the backend until now.
+    #[must_use]
+    pub fn counts(&self) -> Counts {
+        self.counters.counts()
     }
 
     /// Opens the block device past the page cache, for reading and writing.
@@ -294,7 +359,7 @@ impl Target {
             .map_err(|error| Failure::io(format_args!("open {}", path.display()), &error))
     }
 
-    /// Closes the device and gives its id back.
+    /// Closes the device and gives its id back. What the backend was asked for is added to the evidence.
     ///
     /// # Errors
     /// That it did not end in time, that somebody still holds it, or the first error that its queues could not serve
@@ -304,6 +369,12 @@ impl Target {
         let failed = self.device.first_error();
         let closed = self.device.close()?;
         context.record.gone(id);
+        let mut evidence = Evidence::new();
+        self.counts().add_to(&mut evidence);
+        context.evidence().merge(&evidence);
+        if let Some(hits) = &self.planted {
+            context.evidence().add("mutant_hits", hits.count());
+        }
         if let Some(error) = failed {
             return Err(Failure::broke("server", format!("a queue failed: {error}")));
         }

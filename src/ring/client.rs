@@ -155,7 +155,14 @@ impl BlockClient {
         let address = self.address(slot);
         assert!(len <= self.stride, "a read longer than its slot");
         let opcode = if self.registered_buffers { uring::OP_READ_FIXED } else { uring::OP_READ };
-        let entry = Sqe { opcode, off: offset, addr: address as u64, len: len as u32, ..Sqe::default() };
+        let entry = Sqe {
+            opcode,
+            off: offset,
+            addr: address as u64,
+            len: len as u32,
+            buf_index: self.buffer_index(slot),
+            ..Sqe::default()
+        };
         self.start(slot, entry);
     }
 
@@ -169,7 +176,15 @@ impl BlockClient {
         assert!(len <= self.stride, "a write longer than its slot");
         let opcode = if self.registered_buffers { uring::OP_WRITE_FIXED } else { uring::OP_WRITE };
         let op_flags = if flags.fua { libc::RWF_DSYNC as u32 } else { 0 };
-        let entry = Sqe { opcode, off: offset, addr: address as u64, len: len as u32, op_flags, ..Sqe::default() };
+        let entry = Sqe {
+            opcode,
+            off: offset,
+            addr: address as u64,
+            len: len as u32,
+            op_flags,
+            buf_index: self.buffer_index(slot),
+            ..Sqe::default()
+        };
         self.start(slot, entry);
     }
 
@@ -196,9 +211,14 @@ impl BlockClient {
         self.start(slot, entry);
     }
 
+    /// The slot's buffer as a registered one. Other operations than fixed reads and writes want 0 there.
+    fn buffer_index(&self, slot: u16) -> u16 {
+        if self.registered_buffers { slot } else { 0 }
+    }
+
     fn start(&mut self, slot: u16, entry: Sqe) {
         assert!(self.is_idle(slot), "slot {slot} has an operation in flight");
-        let entry = Sqe { fd: 0, flags: uring::SQE_FIXED_FILE, buf_index: slot, user_data: u64::from(slot), ..entry };
+        let entry = Sqe { fd: 0, flags: uring::SQE_FIXED_FILE, user_data: u64::from(slot), ..entry };
         // SAFETY: the only memory an entry of ours names is its slot's buffer, which is not handed out while the slot is busy and
         // not unmapped while the ring may use it.
         unsafe { self.ring.push(&entry) };
@@ -291,9 +311,11 @@ mod tests {
         for slot in 0..8u16 {
             assert!(client.buffer(slot).iter().all(|byte| *byte == 8 - slot as u8), "slot {slot}");
         }
-        client.write_zeroes(0, 0, 4096, ZeroSpace::MayUnmap);
+        client.write_zeroes(3, 0, 4096, ZeroSpace::MayUnmap);
         client.sync_data(1);
-        drain(&mut client);
+        for (slot, result) in drain(&mut client) {
+            assert_eq!(result.expect("zero and sync"), 0, "slot {slot}");
+        }
         client.read(0, 0, 8192);
         drain(&mut client);
         assert_eq!(client.buffer(0)[4095], 0);

@@ -15,7 +15,7 @@ use crate::seed::{Seed, SeededRng};
 const RECENT: usize = 32;
 
 /// How many times the largest I/O the longest operation is.
-const BEYOND: u64 = 4;
+pub(super) const BEYOND: u64 = 4;
 
 /// The endless stream of one worker's operations.
 #[derive(Clone, Debug)]

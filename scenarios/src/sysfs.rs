@@ -1,0 +1,51 @@
+//! What the kernel says of a block device in `/sys/class/block`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::scenario::Failure;
+
+/// A block device's directory in sysfs.
+#[derive(Clone, Debug)]
+pub struct BlockDir(PathBuf);
+
+impl BlockDir {
+    /// The directory of the device whose node is at `node`, such as `/dev/ublkb0`.
+    #[must_use]
+    pub fn of(node: &Path) -> Self {
+        Self(Path::new("/sys/class/block").join(node.file_name().unwrap_or_default()))
+    }
+
+    /// The text of an attribute, such as `queue/fua`, without the newline.
+    ///
+    /// # Errors
+    /// [`Failure::DeviceBroke`] if it cannot be read.
+    pub fn text(&self, attribute: &str) -> Result<String, Failure> {
+        let path = self.0.join(attribute);
+        fs::read_to_string(&path)
+            .map(|text| text.trim().to_owned())
+            .map_err(|error| Failure::io(format_args!("read {}", path.display()), &error))
+    }
+
+    /// The number in an attribute.
+    ///
+    /// # Errors
+    /// As [`text`](Self::text), and if it is no number.
+    pub fn number(&self, attribute: &str) -> Result<u64, Failure> {
+        let text = self.text(attribute)?;
+        text.parse().map_err(|_| {
+            Failure::broke("sysfs", format!("{} holds '{text}', no number", self.0.join(attribute).display()))
+        })
+    }
+
+    /// How many hardware queues there are.
+    ///
+    /// # Errors
+    /// [`Failure::DeviceBroke`] if they cannot be listed.
+    pub fn hardware_queues(&self) -> Result<usize, Failure> {
+        let path = self.0.join("mq");
+        fs::read_dir(&path)
+            .map(|entries| entries.flatten().filter(|entry| entry.path().is_dir()).count())
+            .map_err(|error| Failure::io(format_args!("list {}", path.display()), &error))
+    }
+}

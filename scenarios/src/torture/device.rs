@@ -1,0 +1,148 @@
+//! The device under torture: one of our own, or somebody else's.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::libc;
+use ublkit::blkdev;
+use ublkit_harness::DiscardPromise;
+use ublkit_harness::plan::Capabilities;
+
+use crate::context::Context;
+use crate::scenario::Failure;
+use crate::target::Target;
+
+/// What is tortured.
+pub(super) enum Subject {
+    /// A device that this process serves.
+    Ours(Target),
+    /// A block device that was there already. It is held exclusively, so that nothing mounts it meanwhile.
+    SomebodyElses { path: PathBuf, claim: File },
+}
+
+/// An opening of the subject, past the page cache, and what was learnt of it.
+pub(super) struct Opened {
+    pub(super) file: File,
+    pub(super) bytes: u64,
+    pub(super) logical_block: u64,
+    pub(super) max_io_bytes: u64,
+    pub(super) capabilities: Capabilities,
+    pub(super) discard: DiscardPromise,
+    /// Whether a range can be zeroed and its space given back in one operation.
+    pub(super) unmap_zeroes: bool,
+    /// Every sector reads as zeroes before the first write.
+    pub(super) zeroed: bool,
+    pub(super) ours: bool,
+    /// What tells this device's sectors from another's.
+    pub(super) device_id: u32,
+}
+
+impl Subject {
+    /// Claims a block device that is not ours.
+    pub(super) fn somebody_elses(path: &Path) -> Result<Self, Failure> {
+        let refuse = |error: &io::Error| match error.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EBUSY) => Failure::Usage(format!(
+                "{} is mounted or held by somebody ({error}): unmount it, or have them let go, then try again",
+                path.display()
+            )),
+            Some(Errno::EACCES | Errno::EPERM) => {
+                Failure::Environment(format!("failed to open {}: {error}: run as root", path.display()))
+            }
+            _ => Failure::Usage(format!("failed to open {}: {error}", path.display())),
+        };
+        // On a block device O_EXCL without O_CREAT is a claim: it fails while somebody has mounted or claimed it.
+        let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(path);
+        let claim = open.map_err(|error| refuse(&error))?;
+        if !blkdev::is_block_device(&claim).map_err(|error| refuse(&error))? {
+            return Err(Failure::Usage(format!("{} is not a block device", path.display())));
+        }
+        Ok(Self::SomebodyElses { path: path.to_owned(), claim })
+    }
+
+    /// Opens it, past the page cache.
+    pub(super) fn open(&self) -> Result<Opened, Failure> {
+        match self {
+            Self::Ours(target) => open_ours(target),
+            Self::SomebodyElses { path, .. } => open_somebody_elses(path),
+        }
+    }
+
+    pub(super) fn close(self, context: &mut Context) -> Result<(), Failure> {
+        match self {
+            Self::Ours(target) => target.close(context),
+            Self::SomebodyElses { claim, .. } => {
+                drop(claim);
+                Ok(())
+            }
+        }
+    }
+}
+
+fn open_ours(target: &Target) -> Result<Opened, Failure> {
+    let geometry = target.geometry();
+    Ok(Opened {
+        file: target.open_direct()?,
+        bytes: geometry.size,
+        logical_block: u64::from(geometry.logical_block),
+        max_io_bytes: u64::from(target.device().info().max_io_bytes()),
+        capabilities: Capabilities {
+            flush: geometry.volatile_cache,
+            fua: geometry.fua,
+            discard: geometry.discard.is_some(),
+            write_zeroes: geometry.write_zeroes.is_some(),
+        },
+        // Both of our backends say so of theirs.
+        discard: DiscardPromise::Zeroes,
+        unmap_zeroes: geometry.write_zeroes.is_some(),
+        zeroed: true,
+        ours: true,
+        device_id: target.device().id(),
+    })
+}
+
+fn open_somebody_elses(path: &Path) -> Result<Opened, Failure> {
+    let broken = |what: &str, error: &io::Error| Failure::io(format_args!("{what} {}", path.display()), error);
+    let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path);
+    let file = open.map_err(|error| broken("open", &error))?;
+    let bytes = blkdev::size(&file).map_err(|error| broken("ask the size of", &error))?;
+    let logical_block = blkdev::logical_block(&file).map_err(|error| broken("ask the logical block of", &error))?;
+    let queue = Limits::of(path);
+    let max_io_bytes = queue.number("max_sectors_kb").unwrap_or(512) * 1024;
+    Ok(Opened {
+        file,
+        bytes,
+        logical_block: u64::from(logical_block),
+        // A device that takes very long requests would make every buffer as long.
+        max_io_bytes: max_io_bytes.clamp(u64::from(logical_block), 1 << 20),
+        capabilities: Capabilities {
+            flush: true,
+            fua: true,
+            discard: queue.number("discard_max_bytes").unwrap_or(0) > 0,
+            // The kernel writes zeroes itself where the device cannot.
+            write_zeroes: true,
+        },
+        discard: DiscardPromise::Nothing,
+        unmap_zeroes: queue.number("write_zeroes_max_bytes").unwrap_or(0) > 0,
+        zeroed: false,
+        ours: false,
+        device_id: u32::MAX,
+    })
+}
+
+/// A block device's queue limits, in sysfs.
+struct Limits(Option<PathBuf>);
+
+impl Limits {
+    fn of(path: &Path) -> Self {
+        // By its real name: the path may be a link of udev's.
+        let name = path.canonicalize().ok().and_then(|path| path.file_name().map(ToOwned::to_owned));
+        Self(name.map(|name| Path::new("/sys/class/block").join(name).join("queue")))
+    }
+
+    fn number(&self, limit: &str) -> Option<u64> {
+        std::fs::read_to_string(self.0.as_ref()?.join(limit)).ok()?.trim().parse().ok()
+    }
+}

@@ -84,7 +84,7 @@ impl DerefMut for Aligned {
 
 /// What [`Aligned::pattern`] holds.
 pub(crate) fn pattern(writer: u64, offset: u64, len: usize) -> Vec<u8> {
-    assert!(len % 8 == 0, "whole words");
+    assert!(len.is_multiple_of(8), "whole words");
     let writer = writer.wrapping_mul(0x9e37_79b9_7f4a_7c15);
     let mut bytes = vec![0; len];
     for (word, place) in (offset / 8..).zip(bytes.chunks_exact_mut(8)) {

@@ -90,14 +90,14 @@ fn a_device_between_add_and_start_is_left_alone() {
         OpenOptions::new().read(true).write(true).open(character_path(id)).expect("open")
     });
     let found = orphan::list(&controller, GRACE).expect("list");
-    let opened = opener.join().expect("join");
+    let claim = opener.join().expect("join");
     assert_eq!(find(&found, id).class, Class::Starting, "{found:?}");
     let cleaned = orphan::clean(&controller, &found);
     assert!(matches!(outcome(&cleaned, id), Outcome::Left(_)), "{cleaned:?}");
     let cleaned = orphan::clean_ids(&controller, &[id], Duration::ZERO).expect("clean");
     assert!(matches!(outcome(&cleaned, id), Outcome::Left(_)), "{cleaned:?}");
     assert!(ids().contains(&id));
-    drop(opened);
+    drop(claim);
     controller.delete(id, Duration::from_secs(5)).expect("delete");
 }
 

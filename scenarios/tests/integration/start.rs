@@ -146,7 +146,7 @@ fn maps() -> usize {
 
 fn cycle(round: u64) {
     let disk = Disk::new(Geometry::bytes(MIB));
-    let mode = if round % 2 == 0 { DataMode::Copy } else { DataMode::UserCopy };
+    let mode = if round.is_multiple_of(2) { DataMode::Copy } else { DataMode::UserCopy };
     let device = client::start_with(&disk, |builder| {
         builder.queues(1 + (round % 2) as u16).workers((round % 3) as usize).data_mode(mode)
     });

@@ -1,0 +1,56 @@
+# Everything there is to run. Targets that need a kernel with ublk use this one, as root, if it has it, and a VM with a
+# Debian kernel otherwise; they say which (see ci/where). What is missing on a Debian-like machine is installed (ci/setup).
+#
+#   make torture ARGS='--duration 10m --seed 7'     arguments of the program
+#   make torture UBLKIT_KERNEL=6.12                 in a VM, on this kernel
+#   UBLK_TORTURE_DURATION=30m make torture          a long soak
+
+.DEFAULT_GOAL := help
+SHELL := bash
+CARGO ?= cargo
+ARGS ?=
+KERNEL ?= 7.2
+# What a scenario's whole run may take in a VM, boot included; a longer soak needs more.
+TIMEOUT ?= $(if $(UBLK_TORTURE_DURATION),48h,30m)
+REPORTS := $(CURDIR)/reports
+RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
+TORTURE := target/release/ublk-torture
+
+.PHONY: help torture probe test test-unit test-integration test-vm lint bench release clean-reports
+
+help: ## This list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
+
+torture: release ## Torture a ublk device: seeded random I/O, every byte verified (the main job)
+	$(RUN) -- $(TORTURE) torture --report $(REPORTS)/torture $(ARGS)
+
+probe: release ## Check step by step that both sides of the stack agree
+	$(RUN) -- $(TORTURE) probe --report $(REPORTS)/probe $(ARGS)
+
+test: test-unit ## All tests: of the crates, then on a real kernel
+	ci/integration build
+	$(RUN) -- ci/integration run
+
+test-unit: ## Tests that need no kernel with ublk and no root
+	ci/unit
+
+test-integration: ## Tests on this machine's own kernel; needs root and ublk_drv
+	ci/integration build
+	ci/integration run
+
+test-vm: ## Tests on a real kernel in a VM: KERNEL=6.12, 6.18, 7.2 or 7.3-rc
+	ci/integration build
+	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) --rwdir $(REPORTS) -- ci/integration run
+
+lint: ## Formatting, clippy, documentation, shell scripts
+	$(CARGO) fmt --all -- --check
+	$(CARGO) clippy --workspace --all-targets --all-features --quiet -- -D warnings
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --all-features --no-deps --quiet
+	ci/unsafe
+
+bench: ## What the data path and the verification cost, in counts and ratios
+	ci/bench
+
+release:
+	@mkdir -p $(REPORTS)
+	$(CARGO) build --release --quiet -p ublk-torture

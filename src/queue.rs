@@ -60,6 +60,10 @@ impl<H: Handler> Queue<H> {
 
     /// Serves until the driver takes the tags back, or the queue is abandoned, or it fails.
     pub(crate) fn serve(&mut self) -> Result<(), Error> {
+        if self.tags.abandoned() {
+            // Before there was a ring to wake: `fetch` has taken the wake-up for one of its own.
+            return Ok(());
+        }
         while self.turn()? {}
         // What was committed in the last batch still has to reach the driver.
         self.enter(false)

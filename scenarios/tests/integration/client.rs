@@ -84,18 +84,22 @@ impl DerefMut for Aligned {
 
 /// What [`Aligned::pattern`] holds.
 pub(crate) fn pattern(writer: u64, offset: u64, len: usize) -> Vec<u8> {
-    assert!(len % 8 == 0, "whole words");
-    (0..len as u64 / 8)
-        .flat_map(|word| {
-            let word = (offset / 8 + word) ^ writer.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-            (word ^ (word << 25)).wrapping_mul(0xd6e8_feb8_6659_fd93).to_le_bytes()
-        })
-        .collect()
+    assert!(len.is_multiple_of(8), "whole words");
+    let writer = writer.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut bytes = vec![0; len];
+    for (word, place) in (offset / 8..).zip(bytes.chunks_exact_mut(8)) {
+        let word = word ^ writer;
+        place.copy_from_slice(&(word ^ (word << 25)).wrapping_mul(0xd6e8_feb8_6659_fd93).to_le_bytes());
+    }
+    bytes
 }
 
 /// Where two buffers differ first, for a message that can be read.
 pub(crate) fn assert_same(got: &[u8], want: &[u8], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}: length");
+    if got == want {
+        return;
+    }
     if let Some(at) = got.iter().zip(want).position(|(got, want)| got != want) {
         let end = (at + 16).min(got.len());
         panic!("{what}: byte {at} of {}: got {:x?}, want {:x?}", got.len(), &got[at..end], &want[at..end]);

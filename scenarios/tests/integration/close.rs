@@ -344,6 +344,7 @@ fn a_detached_request_that_is_never_completed() {
     .depth(8)
     .data_mode(DataMode::UserCopy)
     .stop_deadline(Duration::from_millis(500))
+    .delete_deadline(Duration::from_millis(300))
     .start()
     .expect("start");
     let id = device.id();

@@ -104,6 +104,7 @@ fn fsync_fails_with_the_backends_errno() {
     let file = direct(&device);
     // A flush that is not supported is one that is not needed: blkdev_fsync() (block/fops.c).
     each(&disk, Op::Flush, unless_unsupported, || file.sync_all());
+    drop(file);
     client::close(&device);
 }
 
@@ -113,6 +114,7 @@ fn discard_fails_with_the_backends_errno() {
     let file = direct(&device);
     // A discard is a hint: that it is not supported is no error to blkdev_issue_discard() and blk_ioctl_discard().
     each(&disk, Op::Discard, unless_unsupported, || blkdev::discard(&file, 0, 64 << 10));
+    drop(file);
     client::close(&device);
 }
 
@@ -122,6 +124,7 @@ fn write_zeroes_fails_with_the_backends_errno() {
     let file = direct(&device);
     // Where it is not supported, blkdev_issue_zeroout() (block/blk-lib.c) writes zeroes instead.
     each(&disk, Op::WriteZeroes, unless_unsupported, || blkdev::zero_out(&file, 0, 64 << 10));
+    drop(file);
     client::close(&device);
 }
 

@@ -94,6 +94,8 @@ fn compare(device: &Device, geometry: &Geometry, max_io_bytes: u32, queues: u16)
     say(wrong);
 }
 
+type Choice = fn(client::Builder) -> client::Builder;
+
 fn cpus() -> u16 {
     std::thread::available_parallelism().expect("count CPUs").get().try_into().expect("few")
 }
@@ -123,7 +125,7 @@ fn what_the_library_refuses_leaves_nothing_behind() {
         assert!(error.to_string().contains(word) && error.to_string().contains("choose"), "{geometry:?}: {error}");
         assert_eq!(ids(), before);
     }
-    let shapes: [(&str, fn(client::Builder) -> client::Builder); 7] = [
+    let shapes: [(&str, Choice); 7] = [
         ("queues", |builder| builder.queues(0)),
         ("queues", |builder| builder.queues(4097)),
         ("depth", |builder| builder.depth(0)),

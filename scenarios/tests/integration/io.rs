@@ -9,7 +9,7 @@ use super::client::{self, Aligned, KIB, MIB, assert_same, direct, start_with};
 use super::disk::{Disk, Op};
 use super::runner::cases;
 
-const MAX_IO: u64 = 64 * KIB;
+const MAX_IO: u64 = 16 * KIB;
 
 cases!("io":
     every_length_copied_by_the_driver_inline,
@@ -37,10 +37,12 @@ fn every_length_copied_by_the_server_with_workers() {
 
 fn every_length(mode: DataMode, workers: usize) {
     for queues in [1, 2] {
-        let disk = Disk::new(Geometry::bytes(4 * MIB));
+        let disk = Disk::new(Geometry::bytes(2 * MIB));
         // Its memory holds noise beforehand, so that a read which brings nothing is seen.
-        disk.store(0, &client::pattern(99, 0, 4 << 20));
-        let device = start_with(&disk, |builder| builder.queues(queues).data_mode(mode).workers(workers));
+        disk.store(0, &client::pattern(99, 0, 2 << 20));
+        let device = start_with(&disk, |builder| {
+            builder.queues(queues).max_io_bytes(MAX_IO as u32).data_mode(mode).workers(workers)
+        });
         let file = direct(&device);
         for (writer, (sector, len)) in (1..).zip([
             (1, 512),
@@ -51,7 +53,7 @@ fn every_length(mode: DataMode, workers: usize) {
             (511, MAX_IO),
             (1001, MAX_IO + 512),
             (1777, 4 * MAX_IO),
-            (3333, 4 * MAX_IO + 512),
+            (2777, 4 * MAX_IO + 512),
         ]) {
             let what = format!("{queues} queues, {len} bytes at sector {sector}");
             disk.forget();
@@ -89,7 +91,7 @@ fn every_length(mode: DataMode, workers: usize) {
 }
 
 fn vectored(disk: &Disk, file: &std::fs::File) {
-    let offset = 3 * MIB + 512;
+    let offset = MIB + MIB / 2 + 512;
     let lengths = [512, 1024, 4608, 512, 65536];
     let mut at = offset;
     let parts: Vec<Aligned> = lengths

@@ -13,6 +13,7 @@ mod io;
 mod orphans;
 mod queues;
 pub(crate) mod runner;
+mod scenarios;
 pub(crate) mod server;
 mod sizes;
 mod start;
@@ -31,6 +32,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         start::cases(),
         control::cases(),
         orphans::cases(),
+        scenarios::cases(),
     ]
     .into_iter()
     .flatten()

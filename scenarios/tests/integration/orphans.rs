@@ -8,7 +8,7 @@ use ublkit::orphan::{self, Class, Found, Outcome};
 use ublkit::sys::ublk::Features;
 use ublkit::{Controller, Geometry};
 
-use super::client::{self, MIB, bounded, eventually};
+use super::client::{self, MIB, eventually};
 use super::disk::Disk;
 use super::runner::{cases, ids};
 use super::server::Server;
@@ -55,6 +55,9 @@ fn assert_left_alone(id: u32) {
 /// It is dead, and cleaning it frees its id.
 fn assert_cleaned(id: u32) {
     let controller = controller();
+    // The block device goes first, and the state changes a little later.
+    let dead = || controller.get_dev_info(id).is_ok_and(|info| info.state() == State::Dead);
+    eventually("the block device is gone", || dead() && !block_path(id).exists());
     let found = orphan::list(&controller, GRACE).expect("list");
     assert_eq!(find(&found, id).class, Class::Dead, "{found:?}");
     let cleaned = orphan::clean(&controller, &found);
@@ -87,14 +90,14 @@ fn a_device_between_add_and_start_is_left_alone() {
         OpenOptions::new().read(true).write(true).open(character_path(id)).expect("open")
     });
     let found = orphan::list(&controller, GRACE).expect("list");
-    let opened = opener.join().expect("join");
+    let claim = opener.join().expect("join");
     assert_eq!(find(&found, id).class, Class::Starting, "{found:?}");
     let cleaned = orphan::clean(&controller, &found);
     assert!(matches!(outcome(&cleaned, id), Outcome::Left(_)), "{cleaned:?}");
     let cleaned = orphan::clean_ids(&controller, &[id], Duration::ZERO).expect("clean");
     assert!(matches!(outcome(&cleaned, id), Outcome::Left(_)), "{cleaned:?}");
     assert!(ids().contains(&id));
-    drop(opened);
+    drop(claim);
     controller.delete(id, Duration::from_secs(5)).expect("delete");
 }
 
@@ -121,7 +124,6 @@ fn a_killed_server_leaves_a_device_that_is_cleaned() {
     let id = server.id;
     assert_left_alone(id);
     server.kill();
-    eventually("the block device goes", || !block_path(id).exists());
     assert!(ids().contains(&id), "the driver keeps its id");
     assert_cleaned(id);
     let device = client::builder(&Disk::new(Geometry::bytes(MIB))).id(id).start().expect("the id can be used again");
@@ -149,14 +151,17 @@ fn a_pid_that_was_used_again_is_neither_asked_nor_killed() {
     innocent.kill().and_then(|()| innocent.wait()).expect("end sleep");
 }
 
-/// The kernel holds a STOP that waits for a request which only the server's own end can fail. Killing it is that end.
+/// A server whose queue is stuck in the backend, and which has tried to close, can be killed. It once could not: the
+/// kernel held its STOP, which waited for the request, which waited for the end of the server, which waited for the STOP.
 fn a_killed_server_that_was_stuck_in_closing_ends() {
     let server = Server::stuck();
     let id = server.id;
     let file = OpenOptions::new().read(true).write(true).open(block_path(id)).expect("open");
-    let client = std::thread::spawn(move || client::write(&file, 1, 0, 4096).and_then(|_| file.sync_all()));
+    let (done, result) = std::sync::mpsc::channel();
+    std::thread::spawn(move || done.send(client::write(&file, 1, 0, 4096).and_then(|_| file.sync_all())));
     server.wait_for_word("closing has failed");
-    bounded("the server's end", Duration::from_secs(20), || server.kill());
-    assert!(client.join().expect("join").is_err(), "its I/O fails");
+    server.kill_within(Duration::from_secs(10));
+    let result = result.recv_timeout(Duration::from_secs(10)).expect("its client's I/O ends");
+    assert!(result.is_err(), "and has failed");
     assert_cleaned(id);
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStdout, Command, ExitCode, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ublkit::{Device, Geometry};
 
@@ -109,9 +109,17 @@ impl Server {
 
     /// SIGKILL, and waits until it is gone.
     pub(crate) fn kill(&self) {
+        self.kill_within(Duration::from_secs(20));
+    }
+
+    pub(crate) fn kill_within(&self, limit: Duration) {
         let mut child = self.child.borrow_mut();
         child.kill().expect("kill");
-        child.wait().expect("wait");
+        let deadline = Instant::now() + limit;
+        while child.try_wait().expect("wait").is_none() {
+            assert!(Instant::now() < deadline, "the server was killed {limit:?} ago and has not ended");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
@@ -119,8 +127,8 @@ impl Drop for Server {
     fn drop(&mut self) {
         let mut child = self.child.borrow_mut();
         if matches!(child.try_wait(), Ok(None)) {
+            // Not waited for: this may be the trial of a server that does not end.
             let _ = child.kill();
-            let _ = child.wait();
         }
     }
 }

@@ -36,7 +36,10 @@ fn the_first_and_last_block_of_every_size() {
             let wrote = client::write(&file, writer, offset, block as usize).expect("write");
             assert_same(&disk.stored(offset, block as usize), &wrote, &format!("{size} bytes, stored at {offset}"));
             let writes = disk.calls_of(Op::Write);
-            assert!(writes.len() == 1 && writes[0].offset == offset && writes[0].len == block.into(), "{writes:?}");
+            assert!(
+                writes.len() == 1 && writes[0].offset == offset && writes[0].len == u64::from(block),
+                "{writes:?}"
+            );
             let back = client::read(&file, offset, block as usize).expect("read");
             assert_same(&back, &wrote, &format!("{size} bytes, read at {offset}"));
         }

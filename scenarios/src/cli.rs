@@ -17,6 +17,7 @@ use ublkit_harness::verdict::EXIT_USAGE;
 
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
+use crate::server;
 use crate::units::parse_duration;
 
 /// Sets the duration of a run where `--duration` does not.
@@ -71,6 +72,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
 }
 
 fn dispatch(args: &[OsString]) -> u8 {
+    if args.get(1).is_some_and(|arg| arg == server::ARGUMENT) {
+        return server::main();
+    }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(error) => return explain(&error),

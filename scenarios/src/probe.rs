@@ -6,24 +6,20 @@
 
 mod device;
 mod filesystem;
-mod inventory;
 mod power;
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::cli::CommonArgs;
 use crate::context::Context;
+use crate::inventory::Inventory;
 use crate::scenario::{Failure, Needs, Scenario};
-use crate::target::{Storage, Target, TargetArgs};
+use crate::target::{Target, TargetArgs};
 use crate::units::format_bytes;
-
-use inventory::Inventory;
-use power::Freezer;
 
 /// The smallest device that the file system and the files on it have room on.
 const SIZE_MIN: u64 = 64 << 20;
@@ -100,28 +96,21 @@ impl Args {
     /// Everything that takes place while the device exists.
     fn serve(&self, context: &mut Context, made: &mut Vec<u32>) -> Result<(), Failure> {
         let limit = Duration::from_secs(60);
-        let (target, freezer) = context.step("start", limit, |context| {
-            let freezer = Arc::new(Freezer::new(self.target.storage()?));
-            let target = self.target.serve(context, Storage::new(freezer.clone()))?;
+        let target = context.step("start", limit, |context| {
+            let target = self.target.start(context)?;
             context.detail(format!("{} of {}", target.path().display(), format_bytes(target.geometry().size)));
-            Ok((target, freezer))
+            Ok(target)
         })?;
-        made.push(target.device().id());
-        let checked = self.check(context, &target, &freezer, made);
+        made.push(target.id());
+        let checked = self.check(context, &target, made);
         let closed = context.always("close", Duration::from_secs(120), |context| target.close(context));
         checked.and(closed)
     }
 
-    fn check(
-        &self,
-        context: &mut Context,
-        target: &Target,
-        freezer: &Freezer,
-        made: &mut Vec<u32>,
-    ) -> Result<(), Failure> {
+    fn check(&self, context: &mut Context, target: &Target, made: &mut Vec<u32>) -> Result<(), Failure> {
         device::check(context, target)?;
         device::check_far_offsets(context, &self.target, made)?;
-        filesystem::check(context, &self.target, target, freezer, made)
+        filesystem::check(context, &self.target, target, made)
     }
 }
 

@@ -24,6 +24,7 @@ use crate::environment::{self, Host};
 use crate::page::Page;
 use crate::runs::StateDir;
 use crate::scenario::{Failure, Scenario};
+use crate::server;
 
 /// How long the last events may take to reach their readers once the run is lost.
 const LAST_WORDS: Duration = Duration::from_secs(5);
@@ -131,6 +132,8 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         lost.sink.send(Event::Hang(report.into()));
         let code = lost.verdict(Verdict::Hang);
         let _unread = lost.sink.flush(LAST_WORDS);
+        // What this process waits for fails then, so that it can end; and no device is left.
+        server::kill_all();
         std::process::exit(code.into());
     });
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);

@@ -1,4 +1,4 @@
-//! What a scenario is tried on: a device served by this process, with a look into its storage.
+//! What a scenario is tried on: a device served by a process of its own, with a look into its storage.
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -9,19 +9,20 @@ use std::sync::Arc;
 
 use clap::ValueEnum;
 use nix::libc;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use ublkit::backends;
-use ublkit::{Backend, Closed, DataMode, Deletion, Device, Geometry};
-use ublkit_harness::mutant::{EVERY, Hits};
-use ublkit_harness::observe::{Counters, Counts};
-use ublkit_harness::{Event, Evidence, Mutant, MutantBackend, Observed};
+use ublkit::{Backend, Geometry, backends};
+use ublkit_harness::mutant::EVERY;
+use ublkit_harness::observe::Counts;
+use ublkit_harness::{Evidence, Mutant};
 
 use crate::context::Context;
 use crate::scenario::Failure;
+use crate::server::{Served, Server, Status};
 use crate::units::{parse_bytes, parse_bytes_u32};
 
 /// Where the device's bytes are kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum BackendKind {
     /// Memory: pages come with the first write to them.
     Memory,
@@ -30,7 +31,7 @@ pub enum BackendKind {
 }
 
 /// How data moves between kernel and server.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Mode {
     /// The driver copies.
     Copy,
@@ -39,7 +40,7 @@ pub enum Mode {
 }
 
 /// What the device can do beside reading and writing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum Capability {
     /// A volatile cache, and so flushes.
     Flush,
@@ -52,7 +53,7 @@ pub enum Capability {
 }
 
 /// The device to try.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args, Serialize, Deserialize)]
 #[command(next_help_heading = "Device")]
 pub struct TargetArgs {
     /// Where the device's bytes are kept
@@ -88,7 +89,8 @@ pub struct TargetArgs {
 }
 
 /// A planted bug.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Planted {
     /// Which.
     pub mutant: Mutant,
@@ -99,6 +101,19 @@ pub struct Planted {
 impl std::fmt::Display for Planted {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.mutant, self.every)
+    }
+}
+
+impl From<Planted> for String {
+    fn from(planted: Planted) -> Self {
+        planted.to_string()
+    }
+}
+
+impl TryFrom<String> for Planted {
+    type Error = String;
+    fn try_from(text: String) -> Result<Self, String> {
+        parse_planted(&text)
     }
 }
 
@@ -115,7 +130,7 @@ fn parse_planted(text: &str) -> Result<Planted, String> {
 }
 
 /// A set of [`Capability`].
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Capabilities(Vec<Capability>);
 
 impl Capabilities {
@@ -182,60 +197,36 @@ impl TargetArgs {
         geometry
     }
 
-    /// Makes the storage and serves it.
+    /// Starts a server process, and has it make the storage and serve it. The bug that is to be planted goes on top.
     ///
     /// # Errors
     /// What the library says to the options, or what the environment lacks.
     pub fn start(&self, context: &Context) -> Result<Target, Failure> {
-        self.serve(context, self.storage()?)
+        let server = Server::start(context)?;
+        self.serve_by(context, server, None)
     }
 
-    /// Makes the storage.
-    ///
-    /// # Errors
-    /// What the environment lacks, or what is wrong with the options.
-    pub fn storage(&self) -> Result<Storage, Failure> {
-        let geometry = self.geometry();
-        Ok(Storage(match self.backend {
-            BackendKind::Memory => Arc::new(backends::Memory::with_geometry(geometry)),
-            BackendKind::File => Arc::new(temporary_file(&geometry)?),
-        }))
-    }
-
-    /// Serves storage that is there already, with these options. The bug that is to be planted goes on top of it.
+    /// Serves storage that is there already, with these options, by the server that has it.
     ///
     /// # Errors
     /// As [`start`](Self::start).
-    pub fn serve(&self, context: &Context, storage: Storage) -> Result<Target, Failure> {
+    pub fn serve(&self, context: &Context, storage: &Storage) -> Result<Target, Failure> {
+        self.serve_by(context, Arc::clone(&storage.server), Some(storage.index))
+    }
+
+    fn serve_by(&self, context: &Context, server: Arc<Server>, storage: Option<usize>) -> Result<Target, Failure> {
+        let (device, index) = server.serve(self, context.seed(), storage)?;
+        context.record.made(device.id);
+        Ok(Target { served: device, storage: Storage { server, index }, geometry: self.geometry() })
+    }
+
+    /// Makes the storage, in this process.
+    pub(crate) fn storage(&self) -> Result<Arc<dyn Backend>, Failure> {
         let geometry = self.geometry();
-        let below = Arc::clone(&storage.0);
-        let (backend, counters, planted): (Arc<dyn Backend>, _, _) = match self.mutant {
-            None => {
-                let (observed, counters) = Observed::new(below);
-                (Arc::new(observed), counters, None)
-            }
-            Some(planted) => {
-                let mutant = MutantBackend::new(below, planted.mutant, planted.every, context.seed());
-                let hits = mutant.hits();
-                let (observed, counters) = Observed::new(mutant);
-                (Arc::new(observed), counters, Some(hits))
-            }
-        };
-        let sink = context.sink().clone();
-        let device = Device::builder(backend)
-            .geometry(geometry)
-            .queues(self.queues)
-            .depth(self.depth)
-            .max_io_bytes(self.max_io)
-            .workers(self.workers_backend)
-            .data_mode(match self.mode {
-                Mode::Copy => DataMode::Copy,
-                Mode::UserCopy => DataMode::UserCopy,
-            })
-            .on_event(move |event| sink.send(Event::note(event.to_string())))
-            .start()?;
-        context.record.made(device.id());
-        Ok(Target { device, storage, geometry, counters, planted })
+        Ok(match self.backend {
+            BackendKind::Memory => Arc::new(backends::Memory::with_geometry(geometry)),
+            BackendKind::File => Arc::new(temporary_file(&geometry)?),
+        })
     }
 }
 
@@ -258,61 +249,72 @@ fn temporary_file(geometry: &Geometry) -> Result<backends::File, Failure> {
         })
 }
 
-/// The bytes behind a device, beneath everything that is planted between them and the kernel.
-#[derive(Clone)]
-pub struct Storage(Arc<dyn Backend>);
+/// The bytes behind a device, beneath everything that is planted between them and the kernel. They are the server's.
+#[derive(Clone, Debug)]
+pub struct Storage {
+    server: Arc<Server>,
+    index: usize,
+}
 
 impl Storage {
-    /// Storage of one's own.
-    #[must_use]
-    pub fn new(backend: Arc<dyn Backend>) -> Self {
-        Self(backend)
-    }
-
-    /// The backend itself.
-    #[must_use]
-    pub fn backend(&self) -> &Arc<dyn Backend> {
-        &self.0
-    }
-
     /// Reads `buf` from `offset`, in bytes, past the device.
     ///
     /// # Errors
-    /// The storage's own.
-    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.0.read_at(buf, offset)
+    /// The storage's own, as [`Failure::Environment`]; or the server is gone.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
+        self.server.read(self.index, buf, offset)
     }
-}
 
-impl std::fmt::Debug for Storage {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Storage").finish_non_exhaustive()
+    /// Stops requests on their way to the storage, calls `then`, and copies the storage as it is at that moment.
+    ///
+    /// # Errors
+    /// As [`read_at`](Self::read_at).
+    pub fn copy<T>(&self, then: impl FnOnce() -> T) -> Result<(T, Self), Failure> {
+        let (then, index) = self.server.copy(self.index, then)?;
+        Ok((then, Self { server: Arc::clone(&self.server), index }))
     }
 }
 
 /// A device that is being served, and what is behind it.
 ///
-/// Dropping it closes the device as well as that can be done; [`close`](Self::close) says how it went.
+/// When the last of a server's targets is dropped, the server closes what is left and ends; [`close`](Self::close) says
+/// how it went.
 #[derive(Debug)]
 pub struct Target {
-    device: Device,
+    served: Served,
     storage: Storage,
     geometry: Geometry,
-    counters: Arc<Counters>,
-    planted: Option<Hits>,
 }
 
 impl Target {
-    /// The device.
+    /// The device's id.
     #[must_use]
-    pub fn device(&self) -> &Device {
-        &self.device
+    pub fn id(&self) -> u32 {
+        self.served.id
+    }
+
+    /// How many queues the driver granted.
+    #[must_use]
+    pub fn queues(&self) -> u16 {
+        self.served.queues
+    }
+
+    /// How many requests it granted for each queue.
+    #[must_use]
+    pub fn depth(&self) -> u16 {
+        self.served.depth
+    }
+
+    /// The largest request it granted, in bytes.
+    #[must_use]
+    pub fn max_io_bytes(&self) -> u32 {
+        self.served.max_io_bytes
     }
 
     /// Path of the block device.
     #[must_use]
     pub fn path(&self) -> PathBuf {
-        self.device.path()
+        ublkit::ctrl::block_path(self.served.id)
     }
 
     /// The bytes behind it.
@@ -328,9 +330,19 @@ impl Target {
     }
 
     /// What the kernel has asked of the backend until now.
-    #[must_use]
-    pub fn counts(&self) -> Counts {
-        self.counters.counts()
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn counts(&self) -> Result<Counts, Failure> {
+        Ok(self.storage.server.status(&self.served)?.counts)
+    }
+
+    /// How many requests came through the queues until now.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn served_requests(&self) -> Result<u64, Failure> {
+        Ok(self.storage.server.status(&self.served)?.requests)
     }
 
     /// Opens the block device past the page cache, for reading and writing.
@@ -362,25 +374,29 @@ impl Target {
     /// Closes the device and gives its id back. What the backend was asked for is added to the evidence.
     ///
     /// # Errors
-    /// That it did not end in time, that somebody still holds it, or the first error that its queues could not serve
-    /// past.
+    /// That it did not end in time, that somebody still holds it, that the server kept something of it, or the first
+    /// error that its queues could not serve past.
     pub fn close(self, context: &Context) -> Result<(), Failure> {
-        let id = self.device.id();
-        let failed = self.device.first_error();
-        let closed = self.device.close()?;
+        let id = self.served.id;
+        let closing = self.storage.server.close(&self.served)?;
         context.record.gone(id);
+        let Status { counts, hits, error, .. } = closing.last;
         let mut evidence = Evidence::new();
-        self.counts().add_to(&mut evidence);
+        counts.add_to(&mut evidence);
         context.evidence().merge(&evidence);
-        if let Some(hits) = &self.planted {
-            context.evidence().add("mutant_hits", hits.count());
+        if let Some(hits) = hits {
+            context.evidence().add("mutant_hits", hits);
         }
-        if let Some(error) = failed {
+        if let Some(error) = error {
             return Err(Failure::broke("server", format!("a queue failed: {error}")));
         }
-        match &closed {
-            Closed { deletion: Deletion::Complete, .. } => Ok(()),
-            deferred => Err(Failure::broke("close", format!("device {id}: {deferred}"))),
+        if let Some(deferred) = closing.deferred {
+            return Err(Failure::broke("close", format!("device {id}: {deferred}")));
         }
+        if !closing.left.is_empty() {
+            let what = format!("the server kept {} things of its closed devices", closing.left.len());
+            return Err(Failure::broke_with("leak", what, closing.left));
+        }
+        Ok(())
     }
 }

@@ -11,6 +11,8 @@ mod verify;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -76,6 +78,10 @@ fn parse_io_size(text: &str) -> Result<IoSize, String> {
     if text == "any" { Ok(IoSize::Any) } else { parse_bytes(text).map(IoSize::Fixed) }
 }
 
+fn read_device(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
+    file.read_exact_at(buf, offset).map_err(|error| Failure::io(format_args!("read the device at {offset}"), &error))
+}
+
 impl Scenario for Args {
     fn common(&self) -> &CommonArgs {
         &self.common
@@ -137,7 +143,7 @@ impl Args {
         let plan = self.plan(context, &opened)?;
         self.require(context, &plan, &opened);
         let mut workers = Vec::new();
-        let drawn = context.step("torture", self.deadline(context), |context| {
+        let drawn = context.step("torture", Self::deadline(context), |context| {
             let outcome;
             (workers, outcome) = self.work(context, &plan, &opened)?;
             outcome?;
@@ -155,23 +161,19 @@ impl Args {
         }
         context.always("verify through a second opening", VERIFY_DEADLINE, |context| {
             let file = subject.open()?.file;
-            let read = |buf: &mut [u8], offset| std::os::unix::fs::FileExt::read_exact_at(&file, buf, offset);
-            let bytes = verify::all(&mut workers, "read the device", read)?;
+            let bytes = verify::all(&mut workers, |buf, offset| read_device(&file, buf, offset))?;
             context.evidence().add("final_verified_bytes", bytes);
             context.detail(format!("{bytes} bytes"));
             Ok(())
         })?;
         if let Subject::Ours(target) = subject {
             context.always("verify against the storage", VERIFY_DEADLINE, |context| {
-                let read = |buf: &mut [u8], offset| target.storage().read_at(buf, offset);
-                let bytes = verify::all(&mut workers, "read the storage", read)?;
+                let bytes = verify::all(&mut workers, |buf, offset| target.storage().read_at(buf, offset))?;
                 context.evidence().add("storage_verified_bytes", bytes);
                 context.detail(format!("{bytes} bytes"));
                 Ok(())
             })?;
-            context
-                .evidence()
-                .add("served_requests", target.device().stats().iter().map(|queue| queue.requests).sum());
+            context.evidence().add("served_requests", target.served_requests()?);
         }
         if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) }
     }
@@ -182,11 +184,10 @@ impl Args {
         // What it finds is told and changes nothing: the run has failed already.
         let _ = context.always("survey", VERIFY_DEADLINE, |context| {
             let file = subject.open()?.file;
-            let read = |buf: &mut [u8], offset| std::os::unix::fs::FileExt::read_exact_at(&file, buf, offset);
-            let found = verify::survey(workers, read);
+            let found = verify::survey(workers, |buf, offset| read_device(&file, buf, offset));
             context.detail(format!("{} places on the device hold what they should not", found.len()));
             for mismatch in found {
-                context.sink().send(*mismatch);
+                context.sink().send(mismatch);
             }
             Ok(())
         });
@@ -195,7 +196,7 @@ impl Args {
     fn plan(&self, context: &Context, opened: &Opened) -> Result<Plan, Failure> {
         let mut options = PlanOptions::new(opened.bytes, opened.logical_block, opened.max_io_bytes, self.workers);
         options.depth = u32::from(self.io_depth);
-        options.mix = self.mix.clone();
+        options.mix = self.mix;
         options.size = self.io_size;
         options.capabilities = opened.capabilities;
         let most = (self.region / opened.logical_block).max(1) * opened.logical_block / ublkit_harness::SECTOR as u64;
@@ -244,7 +245,7 @@ impl Args {
     }
 
     /// When the step is a hang: its own time, and enough beside it for what is under way to end.
-    fn deadline(&self, context: &Context) -> Duration {
+    fn deadline(context: &Context) -> Duration {
         // Operations are watched one by one (`worker::STALL`); a run by count has only that bound and this generous one.
         let by_count = Duration::from_secs(24 * 3600);
         let own = context.duration().or_else(|| context.ops().is_none().then_some(DEFAULT_DURATION));
@@ -282,7 +283,7 @@ impl Args {
                     shared.stop();
                 }
                 if shared.since_progress() >= PROGRESS_EVERY {
-                    last = self.tell(context, &shared, &last, start, until);
+                    last = Self::tell(context, &shared, &last, start, until);
                 }
             }
             handles
@@ -307,14 +308,7 @@ impl Args {
         Ok((workers, outcome))
     }
 
-    fn tell(
-        &self,
-        context: &Context,
-        shared: &Shared,
-        last: &Tally,
-        start: Instant,
-        until: Option<Instant>,
-    ) -> Tally {
+    fn tell(context: &Context, shared: &Shared, last: &Tally, start: Instant, until: Option<Instant>) -> Tally {
         let since = shared.mark_progress().as_secs_f64().max(1e-3);
         let total = shared.total();
         let elapsed = start.elapsed();

@@ -221,7 +221,7 @@ impl Tags {
     }
 
     /// Writes the same descriptor for every tag into anonymous memory, in the driver's place.
-    #[cfg(any(test, feature = "driverless"))]
+    #[cfg(feature = "driverless")]
     pub(crate) fn pretend(descriptors: &mut Map, depth: u16, descriptor: IoDesc) {
         assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
         for tag in 0..usize::from(depth) {

@@ -57,7 +57,7 @@ pub(super) fn check_far_offsets(
     let args = TargetArgs { size: FAR_SIZE, backend: BackendKind::Memory, mutant: None, ..args.clone() };
     context.step("far-offsets", Duration::from_secs(240), |context| {
         let target = args.start(context)?;
-        made.push(target.device().id());
+        made.push(target.id());
         let checked = Checker::new(context, &target, 1).and_then(|mut checker| {
             checker.zero_read(context)?;
             checker.offset_map(context)?;
@@ -97,7 +97,6 @@ fn size(context: &mut Context, target: &Target) -> Result<(), Failure> {
 /// What was declared is what the block layer works with.
 fn queue_limits(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let geometry = target.geometry();
-    let info = target.device().info();
     let sysfs = BlockDir::of(&target.path());
     let file = target.open_direct()?;
     let asked = |what: &str, answer: io::Result<u32>| {
@@ -113,7 +112,7 @@ fn queue_limits(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let mut limits = vec![
         ("queue/logical_block_size", u64::from(geometry.logical_block)),
         ("queue/physical_block_size", u64::from(geometry.physical_block)),
-        ("queue/max_hw_sectors_kb", u64::from(info.max_io_bytes()) / 1024),
+        ("queue/max_hw_sectors_kb", u64::from(target.max_io_bytes()) / 1024),
         ("queue/discard_max_hw_bytes", discard.map_or(0, |limits| limits.max_bytes)),
         ("queue/write_zeroes_max_bytes", geometry.write_zeroes.unwrap_or(0)),
         ("queue/fua", u64::from(geometry.fua)),
@@ -128,7 +127,7 @@ fn queue_limits(context: &mut Context, target: &Target) -> Result<(), Failure> {
     }
     let cache = if geometry.volatile_cache { "write back" } else { "write through" };
     equal("queue/write_cache", &sysfs.text("queue/write_cache")?.as_str(), &cache)?;
-    equal("hardware queues", &sysfs.hardware_queues()?, &usize::from(info.queues()))?;
+    equal("hardware queues", &sysfs.hardware_queues()?, &usize::from(target.queues()))?;
     context.detail(format!("{} limits as declared", limits.len() + 4));
     Ok(())
 }
@@ -262,7 +261,7 @@ impl<'a> Checker<'a> {
                 ranges.push(SectorRange::new(power - block, 2 * block));
             }
         }
-        let longest = 2 * u64::from(self.target.device().info().max_io_bytes()) / 512 / block;
+        let longest = 2 * u64::from(self.target.max_io_bytes()) / 512 / block;
         for _ in 0..WRITES {
             let blocks = self.rng.within(1..=longest.min(region.sectors / block));
             let first = self.rng.within(0..=region.sectors / block - blocks) * block;
@@ -341,10 +340,10 @@ impl<'a> Checker<'a> {
         let buffered = self.target.open_buffered()?;
         let region = self.shadows[0].options().region;
         let range = SectorRange::new(region.first, region.sectors.min(READ_BYTES / 512));
-        let before = self.target.counts();
+        let before = self.target.counts()?;
         self.write(0, range, &buffered)?;
         buffered.sync_all().map_err(|error| Failure::io("fsync the device", &error))?;
-        let after = self.target.counts();
+        let after = self.target.counts()?;
         let (bytes, flushes) = (after.write_bytes - before.write_bytes, after.flushes - before.flushes);
         if bytes < range.len_bytes() {
             let what =
@@ -375,9 +374,9 @@ impl<'a> Checker<'a> {
             .map_err(|error| Failure::io(format_args!("open {} with O_DSYNC", path.display()), &error))?;
         let range =
             SectorRange::new(self.shadows[0].options().region.first + 3 * self.block_sectors, self.block_sectors);
-        let before = self.target.counts();
+        let before = self.target.counts()?;
         self.write(0, range, &file)?;
-        let after = self.target.counts();
+        let after = self.target.counts()?;
         let (fua, flushes) = (after.fua_writes - before.fua_writes, after.flushes - before.flushes);
         let geometry = self.target.geometry();
         let right = match (geometry.fua, geometry.volatile_cache) {
@@ -421,13 +420,13 @@ impl<'a> Checker<'a> {
         };
         let granularity = u64::from(limits.granularity);
         let range = self.prepare(granularity, 8 * granularity)?;
-        let before = self.target.counts();
+        let before = self.target.counts()?;
         self.ops += 1;
         let ticket = self.shadows[0].begin_discard(self.ops, range, DiscardPromise::Zeroes);
         let discarded = blkdev::discard(&self.file, range.offset_bytes(), range.len_bytes());
         self.shadows[0].finish(ticket, if discarded.is_ok() { Outcome::Done } else { Outcome::Failed });
         discarded.map_err(|error| Failure::io(format_args!("discard sectors {range}"), &error))?;
-        let bytes = self.target.counts().discard_bytes - before.discard_bytes;
+        let bytes = self.target.counts()?.discard_bytes - before.discard_bytes;
         count("bytes that the backend was asked to discard", bytes as usize, range.len_bytes() as usize)?;
         self.look_around(0, range)?;
         context.detail(format!("{} arrived, read as zeroes, neighbours untouched", format_bytes(bytes)));
@@ -438,13 +437,13 @@ impl<'a> Checker<'a> {
         // An odd number of blocks.
         let block = self.block_sectors * 512;
         let range = self.prepare(block, 1001 * block)?;
-        let before = self.target.counts();
+        let before = self.target.counts()?;
         self.ops += 1;
         let ticket = self.shadows[0].begin_write_zeroes(self.ops, range);
         let zeroed = blkdev::zero_out(&self.file, range.offset_bytes(), range.len_bytes());
         self.shadows[0].finish(ticket, if zeroed.is_ok() { Outcome::Done } else { Outcome::Failed });
         zeroed.map_err(|error| Failure::io(format_args!("zero sectors {range}"), &error))?;
-        let after = self.target.counts();
+        let after = self.target.counts()?;
         let (zeroed, written) = (after.zero_bytes - before.zero_bytes, after.write_bytes - before.write_bytes);
         let declared = self.target.geometry().write_zeroes.is_some();
         let (expected_zeroed, expected_written) =
@@ -485,10 +484,7 @@ fn read(file: &File, buf: &mut [u8], range: SectorRange) -> Result<(), Failure> 
 }
 
 fn read_storage(target: &Target, buf: &mut [u8], range: SectorRange) -> Result<(), Failure> {
-    target
-        .storage()
-        .read_at(buf, range.offset_bytes())
-        .map_err(|error| Failure::Environment(format!("failed to read sectors {range} of the storage: {error}")))
+    target.storage().read_at(buf, range.offset_bytes())
 }
 
 fn count(what: &str, found: usize, expected: usize) -> Result<(), Failure> {

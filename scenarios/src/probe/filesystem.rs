@@ -14,7 +14,7 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::unistd::syncfs;
 use ublkit_harness::Seed;
 
-use super::power::{self, Freezer};
+use super::power;
 use crate::context::Context;
 use crate::environment::find_tool;
 use crate::scenario::Failure;
@@ -38,7 +38,6 @@ pub(super) fn check(
     context: &mut Context,
     args: &TargetArgs,
     target: &Target,
-    freezer: &Freezer,
     made: &mut Vec<u32>,
 ) -> Result<(), Failure> {
     let s = Duration::from_secs;
@@ -49,7 +48,7 @@ pub(super) fn check(
         Ok(mounted)
     })?;
     let mut files = Vec::new();
-    if let Err(failure) = use_mounted(context, args, target, &mounted, freezer, &mut files, made) {
+    if let Err(failure) = use_mounted(context, args, target, &mounted, &mut files, made) {
         // On a device that fails, this may take its time.
         context.always("unmount-after-failure", s(120), |_| {
             drop(mounted);
@@ -58,9 +57,9 @@ pub(super) fn check(
         return Err(failure);
     }
     context.step("unmount", s(60), |context| {
-        let before = target.counts();
+        let before = target.counts()?;
         mounted.unmount()?;
-        context.detail(format!("{} writes reached the backend", target.counts().writes - before.writes));
+        context.detail(format!("{} writes reached the backend", target.counts()?.writes - before.writes));
         Ok(())
     })?;
     context.step("fsck", s(120), |context| {
@@ -77,7 +76,6 @@ fn use_mounted(
     args: &TargetArgs,
     target: &Target,
     mounted: &Mounted,
-    freezer: &Freezer,
     files: &mut Vec<Written>,
     made: &mut Vec<u32>,
 ) -> Result<(), Failure> {
@@ -92,18 +90,18 @@ fn use_mounted(
         let name = format!("power-cut-{round}");
         // The whole storage is copied.
         let limit = s(180 + (target.geometry().size >> 24));
-        context.step(&name, limit, |context| power::cut(context, args, mounted, freezer, round, made))?;
+        context.step(&name, limit, |context| power::cut(context, args, mounted, target, round, made))?;
     }
     Ok(())
 }
 
 fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
-    let before = target.counts();
+    let before = target.counts()?;
     // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
     let lazy = "lazy_itable_init=0,lazy_journal_init=0";
     let path = target.path();
     run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-E", lazy, &path.display().to_string()])?;
-    let after = target.counts();
+    let after = target.counts()?;
     let bytes = after.write_bytes - before.write_bytes;
     if bytes == 0 {
         return Err(Failure::broke("write-back", "mkfs.ext4 succeeded, and nothing was written to the backend"));
@@ -145,12 +143,12 @@ fn write_and_syncfs(
     mounted: &Mounted,
     files: &mut Vec<Written>,
 ) -> Result<(), Failure> {
-    let before = target.counts();
+    let before = target.counts()?;
     let (name, len) = (String::from("synced-with-the-file-system"), 1 << 20);
     write(context.seed(), mounted.path(), &name, len)?;
     sync(mounted)?;
     files.push((name, len));
-    let bytes = target.counts().write_bytes - before.write_bytes;
+    let bytes = target.counts()?.write_bytes - before.write_bytes;
     if bytes < len as u64 {
         let what = format!("`sync -f` returned when {bytes} of {len} written bytes had reached the backend");
         return Err(Failure::broke("write-back", what));
@@ -174,9 +172,9 @@ fn fsync_alone(
     let (name, len) = (String::from("fsynced-alone"), 256 << 10);
     let mut file = create(mounted.path(), &name)?;
     file.write_all(&content(context.seed(), &name, len)).map_err(|error| Failure::io("write a file", &error))?;
-    let before = target.counts();
+    let before = target.counts()?;
     file.sync_all().map_err(|error| Failure::io("fsync a file", &error))?;
-    let after = target.counts();
+    let after = target.counts()?;
     files.push((name, len));
     let (bytes, flushes) = (after.write_bytes - before.write_bytes, after.flushes - before.flushes);
     let fua = after.fua_writes - before.fua_writes;
@@ -216,14 +214,14 @@ fn compare_cold(context: &Context, target: &Target, mounted: &Mounted, files: &[
     for (name, _) in files {
         drop_cached(&mounted.path().join(name))?;
     }
-    let before = target.counts();
+    let before = target.counts()?;
     for (name, len) in files {
         if context.interruption().came() {
             return Err(Failure::Interrupted);
         }
         compare(context.seed(), mounted.path(), name, *len)?;
     }
-    let bytes = target.counts().read_bytes - before.read_bytes;
+    let bytes = target.counts()?.read_bytes - before.read_bytes;
     let total: u64 = files.iter().map(|(_, len)| *len as u64).sum();
     context.evidence().add("cold_read_bytes", bytes.min(total));
     Ok(bytes)
@@ -256,10 +254,7 @@ fn magic_in_storage(context: &mut Context, target: &Target, mounted: &Mounted) -
     let mut offset = 0;
     while offset < size && found.contains(&false) {
         let part = &mut part[..(size - offset).min(1 << 20) as usize];
-        target
-            .storage()
-            .read_at(part, offset)
-            .map_err(|error| Failure::Environment(format!("failed to read the storage: {error}")))?;
+        target.storage().read_at(part, offset)?;
         for block in part.chunks_exact(BLOCK).filter(|block| block.starts_with(&bytes[..24])) {
             let index = block[24..32].iter().rev().fold(0_usize, |index, byte| index << 8 | usize::from(*byte));
             if index < blocks && block == &bytes[index * BLOCK..][..BLOCK] {
@@ -288,7 +283,7 @@ fn concurrent_writers(
     mounted: &Mounted,
     files: &mut Vec<Written>,
 ) -> Result<(), Failure> {
-    let before = target.counts();
+    let before = target.counts()?;
     let seed = context.seed();
     let name = |writer: usize, number: usize| format!("writer-{writer}-{number}");
     let results: Vec<Result<(), Failure>> = thread::scope(|scope| {
@@ -310,7 +305,7 @@ fn concurrent_writers(
         .map(|(writer, number)| (name(writer, number), FILE_LEN))
         .collect();
     let bytes = compare_cold(context, target, mounted, &theirs)?;
-    let written = target.counts().write_bytes - before.write_bytes;
+    let written = target.counts()?.write_bytes - before.write_bytes;
     let total = (theirs.len() * FILE_LEN) as u64;
     if written < total {
         return Err(Failure::broke(

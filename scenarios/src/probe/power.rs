@@ -8,11 +8,9 @@ use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
-
-use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags, backends};
 
 use super::filesystem::{Mounted, content, difference, fsck};
 use crate::context::Context;
@@ -25,71 +23,6 @@ pub(super) const CUTS: u32 = 3;
 const WRITERS: u32 = 4;
 /// How many files must have been acknowledged before the power is cut.
 const FILES_MIN: usize = 12;
-/// How much is copied at a time.
-const COPY_BYTES: usize = 1 << 20;
-
-/// Storage that can be stopped between two requests.
-pub(super) struct Freezer {
-    inner: Storage,
-    geometry: Geometry,
-    gate: RwLock<()>,
-}
-
-impl Freezer {
-    pub(super) fn new(inner: Storage) -> Self {
-        Self { geometry: inner.backend().geometry(), inner, gate: RwLock::new(()) }
-    }
-
-    /// Copies the storage as it is at one moment. `before` is called first, with requests already stopped.
-    fn copy<T>(&self, before: impl FnOnce() -> T) -> io::Result<(T, backends::Memory)> {
-        let _stopped = self.gate.write().unwrap_or_else(PoisonError::into_inner);
-        let before = before();
-        let copy = backends::Memory::with_geometry(self.geometry);
-        let mut buf = vec![0; COPY_BYTES];
-        let mut offset = 0;
-        while offset < self.geometry.size {
-            let len = (self.geometry.size - offset).min(COPY_BYTES as u64);
-            let part = &mut buf[..len as usize];
-            self.inner.read_at(part, offset)?;
-            // Pages of zeroes take no memory.
-            copy.write_at(part, offset, WriteFlags::NONE)?;
-            offset += len;
-        }
-        Ok((before, copy))
-    }
-
-    fn pass<T>(&self, request: impl FnOnce(&dyn Backend) -> io::Result<T>) -> io::Result<T> {
-        let _open = self.gate.read().unwrap_or_else(PoisonError::into_inner);
-        request(self.inner.backend().as_ref())
-    }
-}
-
-impl Backend for Freezer {
-    fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.pass(|inner| inner.read_at(buf, offset))
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        self.pass(|inner| inner.write_at(buf, offset, flags))
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.pass(Backend::flush)
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.pass(|inner| inner.discard(offset, len))
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.pass(|inner| inner.write_zeroes(offset, len, flags))
-    }
-}
-
 /// A file that `fsync` has acknowledged, its directory entry included.
 #[derive(Clone, Debug)]
 struct Synced {
@@ -102,14 +35,14 @@ pub(super) fn cut(
     context: &mut Context,
     args: &TargetArgs,
     mounted: &Mounted,
-    freezer: &Freezer,
+    served: &Target,
     round: u32,
     made: &mut Vec<u32>,
 ) -> Result<(), Failure> {
-    let (synced, copy) = under_load(context, mounted, freezer, round)?;
-    let replay =
-        needs_replay(&copy).map_err(|error| Failure::Internal(format!("the copy cannot be read: {error}")))?;
-    if !replay {
+    let (synced, copy) = under_load(context, mounted, served, round)?;
+    let mut superblock = vec![0; 4096];
+    copy.read_at(&mut superblock, 0)?;
+    if !needs_replay(&superblock) {
         return Err(Failure::broke(
             "power-cut",
             "the file system in the copy is clean, though it is mounted and in use",
@@ -117,8 +50,8 @@ pub(super) fn cut(
     }
     context.evidence().add("journals_replayed", 1);
     let args = TargetArgs { backend: BackendKind::Memory, mutant: None, ..args.clone() };
-    let target = args.serve(context, Storage::new(Arc::new(copy)))?;
-    made.push(target.device().id());
+    let target = args.serve(context, &copy)?;
+    made.push(target.id());
     let checked = look(context, &target, &synced);
     let closed = target.close(context);
     checked.and(closed)?;
@@ -131,9 +64,9 @@ pub(super) fn cut(
 fn under_load(
     context: &Context,
     mounted: &Mounted,
-    freezer: &Freezer,
+    served: &Target,
     round: u32,
-) -> Result<(Vec<Synced>, backends::Memory), Failure> {
+) -> Result<(Vec<Synced>, Storage), Failure> {
     let synced = Mutex::new(Vec::new());
     let failed = Mutex::new(None);
     let stop = AtomicBool::new(false);
@@ -174,7 +107,7 @@ fn under_load(
             thread::sleep(Duration::from_millis(1));
         }
         thread::sleep(Duration::from_micros(rng.below(20_000)));
-        let copied = freezer.copy(|| lock(&synced));
+        let copied = served.storage().copy(|| lock(&synced));
         stop.store(true, Ordering::Relaxed);
         copied
     });
@@ -184,7 +117,7 @@ fn under_load(
     if context.interruption().came() {
         return Err(Failure::Interrupted);
     }
-    copied.map_err(|error| Failure::Environment(format!("failed to copy the storage: {error}")))
+    copied
 }
 
 /// Returns when the file and its name are durable.
@@ -216,12 +149,10 @@ fn look(context: &Context, target: &Target, synced: &[Synced]) -> Result<(), Fai
     fsck(&target.path())
 }
 
-/// Whether the ext4 in the storage says that its journal has to be replayed: bit 2 of the incompatible features in the
-/// superblock (`EXT4_FEATURE_INCOMPAT_RECOVER`, `fs/ext4/ext4.h`).
-fn needs_replay(storage: &dyn Backend) -> io::Result<bool> {
-    let mut superblock = vec![0; 4096];
-    storage.read_at(&mut superblock, 0)?;
-    Ok(superblock[1024 + 0x60] & 4 != 0)
+/// Whether an ext4, of which this is the first block, says that its journal has to be replayed: bit 2 of the incompatible
+/// features in the superblock (`EXT4_FEATURE_INCOMPAT_RECOVER`, `fs/ext4/ext4.h`).
+fn needs_replay(block: &[u8]) -> bool {
+    block.get(1024 + 0x60).is_some_and(|features| features & 4 != 0)
 }
 
 #[cfg(test)]
@@ -229,25 +160,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_copy_is_what_was_there_and_stays_so() {
-        let storage = Storage::new(Arc::new(backends::Memory::new(3 << 20)));
-        let freezer = Freezer::new(storage);
-        freezer.write_at(&[7; 512], (2 << 20) + 512, WriteFlags::NONE).expect("writes");
-        let ((), copy) = freezer.copy(|| ()).expect("copies");
-        freezer.write_at(&[8; 512], (2 << 20) + 512, WriteFlags::NONE).expect("writes");
-        let mut found = [0; 512];
-        copy.read_at(&mut found, (2 << 20) + 512).expect("reads");
-        assert_eq!(found, [7; 512]);
-        assert_eq!(copy.geometry(), freezer.geometry());
-    }
-
-    #[test]
     fn the_flag_for_a_replay_is_read_from_the_superblock() {
-        let disk = backends::Memory::new(1 << 20);
-        assert!(!needs_replay(&disk).expect("reads"));
-        let mut superblock = [0; 1024];
-        superblock[0x60] = 0x46;
-        disk.write_at(&superblock, 1024, WriteFlags::NONE).expect("writes");
-        assert!(needs_replay(&disk).expect("reads"));
+        let mut block = vec![0; 4096];
+        assert!(!needs_replay(&block));
+        block[1024 + 0x60] = 0x46;
+        assert!(needs_replay(&block));
     }
 }

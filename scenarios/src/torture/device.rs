@@ -87,7 +87,7 @@ fn open_ours(target: &Target) -> Result<Opened, Failure> {
         file: target.open_direct()?,
         bytes: geometry.size,
         logical_block: u64::from(geometry.logical_block),
-        max_io_bytes: u64::from(target.device().info().max_io_bytes()),
+        max_io_bytes: u64::from(target.max_io_bytes()),
         capabilities: Capabilities {
             flush: geometry.volatile_cache,
             fua: geometry.fua,
@@ -99,7 +99,7 @@ fn open_ours(target: &Target) -> Result<Opened, Failure> {
         unmap_zeroes: geometry.write_zeroes.is_some(),
         zeroed: true,
         ours: true,
-        device_id: target.device().id(),
+        device_id: target.id(),
     })
 }
 

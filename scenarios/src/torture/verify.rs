@@ -1,7 +1,5 @@
 //! Passes over everything, outside the workers.
 
-use std::io;
-
 use ublkit_harness::{Mismatch, SectorRange};
 
 use super::worker::Worker;
@@ -19,8 +17,8 @@ fn chunks(worker: &mut Worker) -> Vec<SectorRange> {
 /// Looks at every region for chunks that hold what they should not. What cannot be read is passed over.
 pub(super) fn survey(
     workers: &mut [Worker],
-    mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
-) -> Vec<Box<Mismatch>> {
+    mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
+) -> Vec<Mismatch> {
     let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
     let mut found = Vec::new();
     for worker in workers {
@@ -30,7 +28,7 @@ pub(super) fn survey(
                 && read(buf, chunk.offset_bytes()).is_ok()
                 && let Err(mismatch) = worker.shadow().verify(chunk, buf)
             {
-                found.push(mismatch);
+                found.push(*mismatch);
             }
         }
     }
@@ -40,16 +38,14 @@ pub(super) fn survey(
 /// Compares each worker's region, as `read` has it, with the worker's shadow. Returns how many bytes were compared.
 pub(super) fn all(
     workers: &mut [Worker],
-    what: &str,
-    mut read: impl FnMut(&mut [u8], u64) -> io::Result<()>,
+    mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
 ) -> Result<u64, Failure> {
     let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
     let mut bytes = 0;
     for worker in workers {
         for chunk in chunks(worker) {
             let buf = &mut buf[..chunk.len_bytes() as usize];
-            read(buf, chunk.offset_bytes())
-                .map_err(|error| Failure::io(format_args!("{what} at {}", chunk.offset_bytes()), &error))?;
+            read(buf, chunk.offset_bytes())?;
             bytes += worker.shadow().verify(chunk, buf)?.bytes;
         }
     }

@@ -291,7 +291,7 @@ impl Worker {
 
     /// Draws operations and keeps as many in flight as there are slots.
     fn draw(&mut self, flights: &mut Flights) -> Result<(), Failure> {
-        let began = Instant::now();
+        let start = Instant::now();
         let mut in_passes = Duration::ZERO;
         let mut begun = 0u64;
         let mut next_clock = CLOCK_EVERY;
@@ -327,7 +327,7 @@ impl Worker {
                 next_clock = begun + CLOCK_EVERY;
                 let now = Instant::now();
                 ending |= self.shared.limits.until.is_some_and(|until| now >= until);
-                if self.shared.passes && !ending && begun >= next_pass && in_passes * PASS_SHARE <= now - began {
+                if self.shared.passes && !ending && begun >= next_pass && in_passes * PASS_SHARE <= now - start {
                     self.drain(flights)?;
                     let pass = Instant::now();
                     self.pass(flights)?;

@@ -12,36 +12,39 @@ const SETTLE: Duration = Duration::from_secs(5);
 
 /// The open descriptors and threads of this process, and what is mounted.
 #[derive(Debug)]
-pub(super) struct Inventory {
+pub(crate) struct Inventory {
     descriptors: BTreeMap<String, String>,
     threads: BTreeMap<String, String>,
     mounts: BTreeMap<String, String>,
 }
 
 impl Inventory {
-    pub(super) fn take() -> Self {
+    pub(crate) fn take() -> Self {
         Self { descriptors: descriptors(), threads: threads(), mounts: mounts() }
     }
 
     /// Fails if there is more now than when this was taken.
-    pub(super) fn compare(&self, context: &mut Context) -> Result<(), Failure> {
+    pub(crate) fn compare(&self, context: &mut Context) -> Result<(), Failure> {
+        let left = self.surplus_after_settling();
+        if left.is_empty() {
+            let (descriptors, threads) = (self.descriptors.len(), self.threads.len());
+            context.detail(format!("{descriptors} descriptors and {threads} threads, as at the start"));
+            return Ok(());
+        }
+        let what = format!("{} things are left that were not there at the start", left.len());
+        Err(Failure::broke_with("leak", what, left))
+    }
+
+    /// What there is more than when this was taken, as lines, once what is on its way out has had its time.
+    pub(crate) fn surplus_after_settling(&self) -> Vec<String> {
         let patience = Instant::now() + SETTLE;
         loop {
             let now = Self::take();
             let mut left = surplus("descriptor", &self.descriptors, &now.descriptors);
             left.extend(surplus("thread", &self.threads, &now.threads));
             left.extend(surplus("mount", &self.mounts, &now.mounts));
-            if left.is_empty() {
-                context.detail(format!(
-                    "{} descriptors and {} threads, as at the start",
-                    now.descriptors.len(),
-                    now.threads.len()
-                ));
-                return Ok(());
-            }
-            if Instant::now() > patience {
-                let what = format!("{} things are left that were not there at the start", left.len());
-                return Err(Failure::broke_with("leak", what, left));
+            if left.is_empty() || Instant::now() > patience {
+                return left;
             }
             std::thread::sleep(Duration::from_millis(20));
         }

@@ -1,0 +1,199 @@
+//! The server's side: does what it is told, and closes everything when nobody is there to tell it any more.
+
+use std::io::{self, BufRead, Write};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use ublkit::{Backend, Closed, DataMode, Deletion, Device};
+use ublkit_harness::mutant::Hits;
+use ublkit_harness::observe::Counters;
+use ublkit_harness::{MutantBackend, Observed, Seed};
+
+use super::freezer::Freezer;
+use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
+use crate::inventory::Inventory;
+use crate::scenario::Failure;
+use crate::target::{Mode, TargetArgs};
+
+/// A device that is served, and what is known of it.
+struct Serving {
+    device: Device,
+    counters: Arc<Counters>,
+    hits: Option<Hits>,
+}
+
+/// The server.
+#[derive(Default)]
+struct Server {
+    storages: Vec<Arc<Freezer>>,
+    devices: Vec<Option<Serving>>,
+    /// What this process had before its first device.
+    before: Option<Inventory>,
+}
+
+/// Runs the server until its standard input ends, and returns its exit status.
+pub(crate) fn main() -> u8 {
+    let mut server = Server::default();
+    for line in io::stdin().lock().lines() {
+        let Ok(line) = line else { break };
+        let reply = match serde_json::from_str(&line) {
+            Ok(call) => server.answer(call),
+            Err(error) => Err(Failure::Internal(format!("the server was told what it does not understand: {error}"))),
+        };
+        let (reply, bytes) = reply.unwrap_or_else(|failure| (Reply::Failed(Complaint::from(failure)), Vec::new()));
+        if say(&reply, &bytes).is_err() {
+            break;
+        }
+    }
+    server.end();
+    0
+}
+
+/// One line, and what follows it, in one piece: notes come from other threads.
+fn say(reply: &Reply, bytes: &[u8]) -> io::Result<()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut out = io::stdout().lock();
+    serde_json::to_writer(&mut out, reply)?;
+    out.write_all(b"\n")?;
+    out.write_all(bytes)?;
+    out.flush()
+}
+
+type Answer = Result<(Reply, Vec<u8>), Failure>;
+
+fn unknown(what: &str) -> Failure {
+    Failure::Internal(format!("there is no such {what} at the server"))
+}
+
+impl Server {
+    fn answer(&mut self, call: Call) -> Answer {
+        let reply = match call {
+            Call::Serve { args, seed, storage } => Reply::Served(self.serve(&args, seed, storage)?),
+            Call::Read { storage, offset, len } => {
+                let mut bytes = vec![0; len];
+                let read = self.storage(storage)?.peek(&mut bytes, offset);
+                read.map_err(|error| Failure::Environment(format!("failed to read the storage: {error}")))?;
+                return Ok((Reply::Bytes(len), bytes));
+            }
+            Call::Freeze { storage } => {
+                self.storage(storage)?.freeze();
+                Reply::Frozen
+            }
+            Call::CopyAndThaw { storage } => {
+                let frozen = self.storage(storage)?;
+                let copy = frozen.copy();
+                frozen.thaw();
+                let copy =
+                    copy.map_err(|error| Failure::Environment(format!("failed to copy the storage: {error}")))?;
+                Reply::Copied { storage: self.keep(Arc::new(copy)) }
+            }
+            Call::Status { device } => Reply::Status(self.device(device)?.status()),
+            Call::Close { device } => Reply::Closed(self.close(device)?),
+        };
+        Ok((reply, Vec::new()))
+    }
+
+    fn storage(&self, index: usize) -> Result<&Arc<Freezer>, Failure> {
+        self.storages.get(index).ok_or_else(|| unknown("storage"))
+    }
+
+    fn device(&self, index: usize) -> Result<&Serving, Failure> {
+        self.devices.get(index).and_then(Option::as_ref).ok_or_else(|| unknown("device"))
+    }
+
+    fn keep(&mut self, storage: Arc<dyn Backend>) -> usize {
+        self.storages.push(Arc::new(Freezer::new(storage)));
+        self.storages.len() - 1
+    }
+
+    fn serve(&mut self, args: &TargetArgs, seed: Seed, storage: Option<usize>) -> Result<Served, Failure> {
+        let storage = match storage {
+            Some(storage) => storage,
+            None => self.keep(args.storage()?),
+        };
+        let below = Arc::clone(self.storage(storage)?);
+        if self.devices.iter().all(Option::is_none) {
+            self.before = Some(Inventory::take());
+        }
+        let (backend, counters, hits): (Arc<dyn Backend>, _, _) = match args.mutant {
+            None => {
+                let (observed, counters) = Observed::new(below);
+                (Arc::new(observed), counters, None)
+            }
+            Some(planted) => {
+                let mutant = MutantBackend::new(below, planted.mutant, planted.every, seed);
+                let hits = mutant.hits();
+                let (observed, counters) = Observed::new(mutant);
+                (Arc::new(observed), counters, Some(hits))
+            }
+        };
+        let device = Device::builder(backend)
+            .geometry(args.geometry())
+            .queues(args.queues)
+            .depth(args.depth)
+            .max_io_bytes(args.max_io)
+            .workers(args.workers_backend)
+            .data_mode(match args.mode {
+                Mode::Copy => DataMode::Copy,
+                Mode::UserCopy => DataMode::UserCopy,
+            })
+            .on_event(|event| {
+                // The reader is gone only when the devices are about to be closed.
+                let _ = say(&Reply::Note(event.to_string()), &[]);
+            })
+            .start()?;
+        let info = *device.info();
+        self.devices.push(Some(Serving { device, counters, hits }));
+        Ok(Served {
+            device: self.devices.len() - 1,
+            storage,
+            id: info.id(),
+            queues: info.queues(),
+            depth: info.depth(),
+            max_io_bytes: info.max_io_bytes(),
+        })
+    }
+
+    fn close(&mut self, index: usize) -> Result<Closing, Failure> {
+        let serving = self.device(index)?;
+        let error = serving.status().error;
+        let closed = serving.device.close()?;
+        let last = Status { error, ..serving.status() };
+        self.devices[index] = None;
+        let deferred = match &closed {
+            Closed { deletion: Deletion::Complete, .. } => None,
+            deferred => Some(deferred.to_string()),
+        };
+        let last_one = self.devices.iter().all(Option::is_none);
+        let left = match &self.before {
+            Some(before) if last_one => before.surplus_after_settling(),
+            _ => Vec::new(),
+        };
+        Ok(Closing { last, deferred, left })
+    }
+
+    /// Closes what is left, as nobody waits for it any more.
+    fn end(self) {
+        for storage in &self.storages {
+            storage.thaw();
+        }
+        for serving in self.devices.into_iter().flatten() {
+            if let Err(error) = serving.device.close() {
+                // A backend that does not come back: the kernel takes the device from this process when it ends, and the next
+                // run deletes it.
+                eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.id());
+            }
+        }
+    }
+}
+
+impl Serving {
+    fn status(&self) -> Status {
+        Status {
+            counts: self.counters.counts(),
+            requests: self.device.stats().iter().map(|queue| queue.requests).sum(),
+            hits: self.hits.as_ref().map(Hits::count),
+            error: self.device.first_error().map(|error| error.to_string()),
+        }
+    }
+}

@@ -1,0 +1,18 @@
+//! The process that serves the devices under test.
+//!
+//! Not the one that loads them: a process that waits for I/O on a device that it serves itself cannot be killed. Its
+//! thread waits for the request, the request for the server's character device to be released, and that, being mapped,
+//! for the process to end. Two processes end each other: when the loading one dies, its pipe closes, and the server
+//! closes its devices and ends; when the server dies, the kernel fails what it had in hand.
+
+mod child;
+mod client;
+mod freezer;
+mod protocol;
+
+pub(crate) use child::main;
+pub(crate) use client::{Server, kill_all};
+pub(crate) use protocol::{Served, Status};
+
+/// The argument with which this program becomes a server.
+pub(crate) const ARGUMENT: &str = "serve-for-parent";

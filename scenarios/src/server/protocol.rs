@@ -1,0 +1,107 @@
+//! What the two processes say to each other: JSON, one line each, a reply for each call.
+
+use serde::{Deserialize, Serialize};
+use ublkit_harness::Seed;
+use ublkit_harness::observe::Counts;
+
+use crate::scenario::Failure;
+use crate::target::TargetArgs;
+
+/// What the loading process asks for.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Call {
+    /// Serve a device, on new storage or on some that is there.
+    Serve { args: TargetArgs, seed: Seed, storage: Option<usize> },
+    /// Bytes of a storage, past the device.
+    Read { storage: usize, offset: u64, len: usize },
+    /// Let no request through to a storage.
+    Freeze { storage: usize },
+    /// Copy a frozen storage into new memory, and let requests through again.
+    CopyAndThaw { storage: usize },
+    /// How a device is doing.
+    Status { device: usize },
+    /// Close a device.
+    Close { device: usize },
+}
+
+/// What the server says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Reply {
+    /// Not a reply: something that happened meanwhile.
+    Note(String),
+    Served(Served),
+    /// So many bytes follow the line.
+    Bytes(usize),
+    Frozen,
+    Copied {
+        storage: usize,
+    },
+    Status(Status),
+    Closed(Closing),
+    Failed(Complaint),
+}
+
+/// A device that is being served.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(crate) struct Served {
+    pub(super) device: usize,
+    pub(super) storage: usize,
+    pub(crate) id: u32,
+    pub(crate) queues: u16,
+    pub(crate) depth: u16,
+    pub(crate) max_io_bytes: u32,
+}
+
+/// How a device is doing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Status {
+    /// What the kernel has asked of the backend.
+    pub(crate) counts: Counts,
+    /// Requests that came through the queues.
+    pub(crate) requests: u64,
+    /// How often the planted bug was hit.
+    pub(crate) hits: Option<u64>,
+    /// The first error that a queue could not serve past.
+    pub(crate) error: Option<String>,
+}
+
+/// How a device was closed.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Closing {
+    pub(crate) last: Status,
+    /// Who holds the device, if it could not be deleted at once.
+    pub(crate) deferred: Option<String>,
+    /// Descriptors and threads of the server that were not there before its first device, once the last is closed.
+    pub(crate) left: Vec<String>,
+}
+
+/// A failure, without what only one process knows of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Complaint {
+    Usage(String),
+    Environment(String),
+    Hang(String),
+    Broke(String),
+}
+
+impl From<Failure> for Complaint {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Usage(what) => Self::Usage(what),
+            Failure::Environment(what) => Self::Environment(what),
+            Failure::Hang(what) => Self::Hang(what),
+            other => Self::Broke(other.to_string()),
+        }
+    }
+}
+
+impl From<Complaint> for Failure {
+    fn from(complaint: Complaint) -> Self {
+        match complaint {
+            Complaint::Usage(what) => Self::Usage(what),
+            Complaint::Environment(what) => Self::Environment(what),
+            Complaint::Hang(what) => Self::Hang(what),
+            Complaint::Broke(what) => Self::broke("server", what),
+        }
+    }
+}

@@ -67,6 +67,8 @@ impl From<Error> for Failure {
             ErrorKind::DriverMissing | ErrorKind::PermissionDenied | ErrorKind::Unsupported => Status::Environment,
             _ => Status::Failed,
         };
-        Self { status, message: Some(format!("failed to {error}")) }
+        // What is wrong with a value is a sentence of its own; every other message says what could not be done.
+        let message = if status == Status::Usage { error.to_string() } else { format!("failed to {error}") };
+        Self { status, message: Some(message) }
     }
 }

@@ -3,14 +3,13 @@
 use std::time::Duration;
 
 use ublkit::backends::{File, Memory, Null};
-use ublkit::ctrl::State;
-use ublkit::{Backend, Controller, DataMode, Device, ErrorKind, Geometry, Signals};
+use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Geometry, Signals};
 
 use crate::args::{ServeBackend, ServeFile, ServeSized, Shape};
 use crate::failure::Failure;
 use crate::output;
 
-/// How often a served device is looked at: does it still work, has somebody else stopped it?
+/// How often it is asked whether the device still works.
 const LOOK: Duration = Duration::from_millis(200);
 /// What of an empty page of memory can be given back.
 const DISCARD_BYTES: u32 = 4096;
@@ -59,17 +58,15 @@ fn serve<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<(), Fa
     start(backend, workers, shape)?.until_the_end()
 }
 
-/// A device that is being served, with what is needed to notice its end.
+/// A device that is being served.
 struct Started {
     device: Device,
     /// Caught before the device was made, so that no signal can end this program and leave the device behind.
     signals: Signals,
-    controller: Controller,
 }
 
 fn start<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<Started, Failure> {
     let signals = Signals::catch()?;
-    let controller = Controller::open()?;
     let mut builder = Device::builder(backend)
         .workers(workers)
         .queues(shape.queues)
@@ -79,7 +76,7 @@ fn start<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<Starte
     if let Some(id) = shape.id {
         builder = builder.id(id);
     }
-    Ok(Started { device: builder.start()?, signals, controller })
+    Ok(Started { device: builder.start()?, signals })
 }
 
 impl Started {
@@ -87,8 +84,10 @@ impl Started {
         let path = self.device.path();
         // If nobody wants to know the path, nobody will use the device.
         let printed = output::print(format_args!("{}\n", path.display()));
-        let end = if printed.is_ok() { self.wait() } else { "nobody reads the output".to_owned() };
-        let failed = self.device.first_error();
+        let (end, failed) = match printed {
+            Ok(()) => self.wait(),
+            Err(_) => ("nobody reads the output", None),
+        };
         let closed = self.device.close();
         let stats = self.device.stats();
         let requests: u64 = stats.iter().map(|queue| queue.requests).sum();
@@ -102,20 +101,17 @@ impl Started {
         }
     }
 
-    /// Waits for whatever ends the device, and says what it was.
-    fn wait(&self) -> String {
+    /// Waits for whatever ends the device: says what it was, and the error if it was one.
+    fn wait(&self) -> (&'static str, Option<Error>) {
         loop {
             if let Some(signal) = self.signals.wait(LOOK) {
-                return signal.to_owned();
+                return (signal, self.device.first_error());
             }
-            if self.device.first_error().is_some() {
-                return "it failed".to_owned();
-            }
-            match self.controller.get_dev_info(self.device.id()) {
-                Ok(info) if info.state() == State::Dead => return "somebody stopped it".to_owned(),
-                Err(error) if error.kind() == ErrorKind::NotFound => return "somebody deleted it".to_owned(),
-                // It is served, or this cannot be told now: the next look is soon.
-                _ => {}
+            match self.device.first_error() {
+                None => {}
+                // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`.
+                Some(error) if error.kind() == ErrorKind::State => return ("somebody else stopped it", None),
+                error => return ("it failed", error),
             }
         }
     }

@@ -11,6 +11,7 @@ use crate::builder::DeviceBuilder;
 use crate::ctrl::{Controller, DeviceInfo};
 use crate::error::{Error, ErrorKind, Result};
 use crate::holders::{self, Holder};
+use crate::orphan::{self, Identity};
 use crate::queue::Handler;
 use crate::ring::tags;
 use crate::signals::Signals;
@@ -177,6 +178,8 @@ pub struct Device {
     pub(crate) threads: Vec<ThreadId>,
     pub(crate) serving: Mutex<Serving>,
     pub(crate) stats: Vec<Arc<QueueShared>>,
+    /// What this device is, whoever has its id.
+    identity: Option<Identity>,
     phase: Mutex<Phase>,
     phase_changed: Condvar,
 }
@@ -288,6 +291,7 @@ impl Device {
         serving: Serving,
     ) -> Self {
         Self {
+            identity: orphan::identity(&controller, info.id()),
             controller,
             info,
             geometry,
@@ -423,6 +427,13 @@ impl Device {
     fn close_once(&self, deadlines: Deadlines) -> Result<Closed> {
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.health.closing();
+        // Somebody else deleted this device, and its id is another's by now: that one is not ours to stop.
+        let now = orphan::identity(&self.controller, self.id());
+        if self.identity.is_some() && now.is_some() && now != self.identity {
+            serving.abandon();
+            serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
+            return Ok(Closed { deletion: Deletion::Complete });
+        }
         // No STOP while a queue's thread is inside the backend and does not come back: it would wait in the kernel for that
         // thread's request, beyond any signal, and this process, which holds the character device that would have to be
         // let go for the request to fail, would wait for the STOP: not even SIGKILL could end it.

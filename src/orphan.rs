@@ -201,9 +201,14 @@ impl Driver for Controller {
 /// The device's directory in sysfs: its file system and inode. Its times would not do: sysfs makes them up when it is looked
 /// at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
+pub(crate) struct Identity {
     device: (u32, u32),
     inode: u64,
+}
+
+/// What tells the device that has this id now from one that had it before or has it later; `None` if sysfs does not show it.
+pub(crate) fn identity(controller: &Controller, id: u32) -> Option<Identity> {
+    Survey::of(controller).identity(id)
 }
 
 struct Survey<'a, D> {

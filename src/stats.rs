@@ -49,7 +49,7 @@ impl fmt::Display for Event {
                 io.len(),
                 io.offset()
             ),
-            Self::QueueFailed { queue, error } => write!(f, "queue {queue} failed: {error}"),
+            Self::QueueFailed { queue, error } => write!(f, "queue {queue} failed to {error}"),
             Self::Degraded { what } => f.write_str(what),
         }
     }

@@ -21,6 +21,7 @@ cases!("control":
     features_that_this_driver_lacks_are_not_granted,
     commands_in_the_wrong_state,
     a_start_that_nobody_fetches_for_is_bounded,
+    a_close_leaves_the_next_owner_of_its_id_alone,
 );
 
 const SHORT: Duration = Duration::from_secs(5);
@@ -195,4 +196,14 @@ fn a_start_that_nobody_fetches_for_is_bounded() {
             error.kind()
         );
     }
+}
+
+/// A server whose device somebody else had deleted stopped the one that had got its id meanwhile.
+fn a_close_leaves_the_next_owner_of_its_id_alone() {
+    let first = client::start(&Disk::new(Geometry::bytes(MIB)));
+    controller().delete(first.id(), SHORT).expect("delete");
+    let second = start_with(&Disk::new(Geometry::bytes(MIB)), |builder| builder.id(first.id()));
+    client::close(&first);
+    client::write(&client::direct(&second), 1, 0, 4096).expect("it is not disturbed");
+    client::close(&second);
 }

@@ -1,0 +1,118 @@
+//! `ublkit serve`
+
+use std::time::Duration;
+
+use ublkit::backends::{File, Memory, Null};
+use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Geometry, Signals};
+
+use crate::args::{ServeBackend, ServeFile, ServeSized, Shape};
+use crate::failure::Failure;
+use crate::output;
+
+/// How often it is asked whether the device still works.
+const LOOK: Duration = Duration::from_millis(200);
+/// What of an empty page of memory can be given back.
+const DISCARD_BYTES: u32 = 4096;
+
+pub(crate) fn run(backend: &ServeBackend) -> Result<(), Failure> {
+    match backend {
+        ServeBackend::Memory(sized) => serve(Memory::with_geometry(geometry(sized)), sized.workers, &sized.shape),
+        ServeBackend::Null(sized) => serve(Null::with_geometry(geometry(sized)), sized.workers, &sized.shape),
+        ServeBackend::File(file) => serve_file(file),
+    }
+}
+
+fn geometry(sized: &ServeSized) -> Geometry {
+    let geometry = Geometry::bytes(sized.size).logical_block(sized.logical_block);
+    if sized.shape.read_only {
+        geometry.read_only()
+    } else {
+        geometry.discard(sized.logical_block.max(DISCARD_BYTES)).write_zeroes()
+    }
+}
+
+fn serve_file(arguments: &ServeFile) -> Result<(), Failure> {
+    let mut options = File::options().read_only(arguments.shape.read_only).direct(arguments.direct);
+    if let Some(bytes) = arguments.logical_block {
+        options = options.logical_block(bytes);
+    }
+    let path = &arguments.path;
+    let file = match arguments.create {
+        Some(size) => options.create(path, size),
+        None => options.open(path),
+    };
+    let file = file.map_err(|error| Failure::io(&error, format_args!("open {}", path.display())))?;
+    if arguments.direct && !file.is_direct() {
+        output::complain(format_args!("{} cannot do direct I/O: it goes through the page cache", path.display()));
+    }
+    let started = start(file, arguments.workers, &arguments.shape).inspect_err(|_| {
+        if arguments.create.is_some() {
+            // It is empty and was made for nothing.
+            let _ = std::fs::remove_file(path);
+        }
+    })?;
+    started.until_the_end()
+}
+
+fn serve<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<(), Failure> {
+    start(backend, workers, shape)?.until_the_end()
+}
+
+/// A device that is being served.
+struct Started {
+    device: Device,
+    /// Caught before the device was made, so that no signal can end this program and leave the device behind.
+    signals: Signals,
+}
+
+fn start<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<Started, Failure> {
+    let signals = Signals::catch()?;
+    let mut builder = Device::builder(backend)
+        .workers(workers)
+        .queues(shape.queues)
+        .depth(shape.depth)
+        .data_mode(if shape.user_copy { DataMode::UserCopy } else { DataMode::Copy })
+        .on_event(|event| output::complain(event));
+    if let Some(id) = shape.id {
+        builder = builder.id(id);
+    }
+    Ok(Started { device: builder.start()?, signals })
+}
+
+impl Started {
+    fn until_the_end(self) -> Result<(), Failure> {
+        let path = self.device.path();
+        // If nobody wants to know the path, nobody will use the device.
+        let printed = output::print(format_args!("{}\n", path.display()));
+        let (end, failed) = match printed {
+            Ok(()) => self.wait(),
+            Err(_) => ("nobody reads the output", None),
+        };
+        let closed = self.device.close();
+        let stats = self.device.stats();
+        let requests: u64 = stats.iter().map(|queue| queue.requests).sum();
+        let errors: u64 = stats.iter().map(|queue| queue.failed).sum();
+        printed?;
+        let closed = closed?;
+        let summary = format!("{}: {end}: {closed}; {requests} requests, {errors} failed", path.display());
+        match failed {
+            Some(error) => Err(Failure::failed(format!("{summary}; the device failed to {error}"))),
+            None => output::print(format_args!("{summary}\n")),
+        }
+    }
+
+    /// Waits for whatever ends the device: says what it was, and the error if it was one.
+    fn wait(&self) -> (&'static str, Option<Error>) {
+        loop {
+            if let Some(signal) = self.signals.wait(LOOK) {
+                return (signal, self.device.first_error());
+            }
+            match self.device.first_error() {
+                None => {}
+                // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`.
+                Some(error) if error.kind() == ErrorKind::State => return ("somebody else stopped it", None),
+                error => return ("it failed", error),
+            }
+        }
+    }
+}

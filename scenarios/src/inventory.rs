@@ -77,6 +77,10 @@ fn threads() -> BTreeMap<String, String> {
         .flatten()
         .filter_map(|entry| {
             let name = fs::read_to_string(entry.path().join("comm")).ok()?;
+            // The kernel's own workers, which it keeps for a process that used an io_uring and ends when it likes.
+            if name.starts_with("iou-wrk-") {
+                return None;
+            }
             Some((entry.file_name().to_string_lossy().into_owned(), name.trim().to_owned()))
         })
         .collect()

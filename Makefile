@@ -16,7 +16,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe test test-unit test-integration test-vm lint bench release clean-reports
+.PHONY: help torture probe test test-unit test-integration test-vm test-scripts lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,11 @@ test-integration: ## Tests on this machine's own kernel; needs root and ublk_drv
 test-vm: ## Tests on a real kernel in a VM: KERNEL=6.12, 6.18, 7.2 or 7.3-rc
 	ci/integration build
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) --rwdir $(REPORTS) -- ci/integration run
+
+test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
+	$(CARGO) build --quiet -p ublkit --features cli
+	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/cli target/debug/ublkit
+	ci/tests/vm $(KERNEL)
 
 lint: ## Formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all -- --check

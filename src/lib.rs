@@ -73,7 +73,7 @@
 //!
 //! # What it needs
 //!
-//! Linux 6.0 or later with `ublk_drv` (tested on 6.12, 6.18, 7.2 and 7.3-rc), and root: ublk asks for `CAP_SYS_ADMIN`. There is no
+//! Linux 6.0 or later with `ublk_drv` (tested on 6.12 and 7.2), and root: ublk asks for `CAP_SYS_ADMIN`. There is no
 //! build script and nothing is generated.
 
 pub mod backend;

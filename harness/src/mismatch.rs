@@ -6,10 +6,10 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::classify::{Class, Expected};
+use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::sector::Generation;
-use crate::shadow::Outcome;
 
 /// A wrong sector of a check, and a count of the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +149,7 @@ impl fmt::Display for PastOp {
         f.write_str(match self.outcome {
             Some(Outcome::Done) => " done",
             Some(Outcome::Failed) => " failed",
+            Some(Outcome::Unknown) => " unknown",
             None => " in flight",
         })
     }

@@ -9,6 +9,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use serde::{Deserialize, Serialize};
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 
 use crate::seed::{Seed, SeededRng};
@@ -44,6 +45,52 @@ pub struct MutantBackend<B> {
     count: AtomicU64,
     hits: Hits,
     geometry: Geometry,
+}
+
+/// A bug to plant: `lost-write`, or `lost-write:30` for one in 30 operations of its kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Planted {
+    /// Which.
+    pub mutant: Mutant,
+    /// It errs once in so many operations of its kind.
+    pub every: u64,
+}
+
+impl fmt::Display for Planted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.mutant, self.every)
+    }
+}
+
+impl FromStr for Planted {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, every) = match text.split_once(':') {
+            None => (text, EVERY),
+            Some((name, every)) => match every.parse() {
+                Ok(every @ 1..) => (name, every),
+                _ => return Err(format!("'{every}' in '{text}' is not a whole number from 1")),
+            },
+        };
+        let mutant = name.parse::<Mutant>().map_err(|error| error.to_string())?;
+        Ok(Self { mutant, every })
+    }
+}
+
+impl From<Planted> for String {
+    fn from(planted: Planted) -> Self {
+        planted.to_string()
+    }
+}
+
+impl TryFrom<String> for Planted {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
 }
 
 /// How often a [`MutantBackend`] has been wrong.

@@ -27,22 +27,13 @@ use self::state::{Kind, Previous, State};
 use self::table::Table;
 use crate::classify::{Class, Classifier, Content, Expected};
 use crate::mismatch::{Mismatch, SectorDump};
+use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::sector::{Generation, Pattern, SECTOR, is_zero};
 
 /// How many wrong sectors of one check are named.
 const NAMED_SECTORS: usize = 256;
-
-/// How an operation ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Outcome {
-    /// It was acknowledged.
-    Done,
-    /// It failed, or was not heard of again: each of its sectors holds the old content or the new.
-    Failed,
-}
 
 /// What a device promises of a discarded sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -198,7 +189,7 @@ impl Shadow {
             (OpKind::Discard | OpKind::WriteZeroes, Outcome::Done) => {
                 self.change(flight.range, |state| state.zeroed(zero));
             }
-            (kind, Outcome::Failed) => self.unsettle(flight.range, kind),
+            (kind, Outcome::Failed | Outcome::Unknown) => self.unsettle(flight.range, kind),
         }
     }
 

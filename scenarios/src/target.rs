@@ -12,9 +12,9 @@ use nix::libc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use ublkit::{Backend, Geometry, backends};
-use ublkit_harness::mutant::EVERY;
+use ublkit_harness::Evidence;
+use ublkit_harness::mutant::Planted;
 use ublkit_harness::observe::Counts;
-use ublkit_harness::{Evidence, Mutant};
 
 use crate::context::Context;
 use crate::scenario::Failure;
@@ -84,49 +84,8 @@ pub struct TargetArgs {
     #[arg(long, value_name = "LIST", default_value = "flush,fua,discard,zeroes", value_parser = parse_capabilities)]
     pub capabilities: Capabilities,
     /// Plant a bug in the backend: lost-write, misdirected-write or bitflip-read; NAME:N for one in N requests
-    #[arg(long, value_name = "NAME[:N]", value_parser = parse_planted)]
+    #[arg(long, value_name = "NAME[:N]", value_parser = str::parse::<Planted>)]
     pub mutant: Option<Planted>,
-}
-
-/// A planted bug.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Planted {
-    /// Which.
-    pub mutant: Mutant,
-    /// It errs once in so many requests of its kind.
-    pub every: u64,
-}
-
-impl std::fmt::Display for Planted {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}:{}", self.mutant, self.every)
-    }
-}
-
-impl From<Planted> for String {
-    fn from(planted: Planted) -> Self {
-        planted.to_string()
-    }
-}
-
-impl TryFrom<String> for Planted {
-    type Error = String;
-    fn try_from(text: String) -> Result<Self, String> {
-        parse_planted(&text)
-    }
-}
-
-fn parse_planted(text: &str) -> Result<Planted, String> {
-    let (name, every) = match text.split_once(':') {
-        None => (text, EVERY),
-        Some((name, every)) => match every.parse() {
-            Ok(every @ 1..) => (name, every),
-            _ => return Err(format!("'{every}' in '{text}' is not a whole number from 1")),
-        },
-    };
-    let mutant = name.parse::<Mutant>().map_err(|error| error.to_string())?;
-    Ok(Planted { mutant, every })
 }
 
 /// A set of [`Capability`].

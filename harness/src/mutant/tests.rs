@@ -4,10 +4,11 @@ use std::sync::{Mutex, PoisonError};
 
 use super::*;
 use crate::mismatch::Mismatch;
+use crate::outcome::Outcome;
 use crate::plan::{OpKind, Plan, PlanOptions};
 use crate::range::SectorRange;
 use crate::sector::Pattern;
-use crate::shadow::{DiscardPromise, Outcome, Shadow, ShadowOptions};
+use crate::shadow::{DiscardPromise, Shadow, ShadowOptions};
 
 /// A backend in memory that is always right.
 #[derive(Debug)]

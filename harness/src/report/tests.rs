@@ -8,10 +8,11 @@ use std::time::Duration;
 
 use super::*;
 use crate::event::{Event, Hang, Progress, Run, StepFinished, StepStarted, VerdictLine};
+use crate::outcome::Outcome;
 use crate::range::SectorRange;
 use crate::sector::{Pattern, SECTOR};
 use crate::seed::Seed;
-use crate::shadow::{Outcome, Shadow, ShadowOptions};
+use crate::shadow::{Shadow, ShadowOptions};
 use crate::threads::ThreadDump;
 use crate::verdict::Verdict;
 

@@ -2,10 +2,10 @@
 
 use super::state::State;
 use crate::mismatch::PastOp;
+use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::sector::previous_generation;
-use crate::shadow::Outcome;
 
 /// How many operations on a wrong sector are told.
 const TOLD: usize = 16;

@@ -34,11 +34,11 @@ impl Model {
         let allowed = &mut self.allowed[(sector - FIRST) as usize];
         *allowed = match (allowed.take(), new, outcome) {
             (_, Some(new), Outcome::Done) => Some(vec![*new]),
-            (Some(mut all), Some(new), Outcome::Failed) => {
+            (Some(mut all), Some(new), Outcome::Failed | Outcome::Unknown) => {
                 all.push(*new);
                 Some(all)
             }
-            (_, None, _) | (None, Some(_), Outcome::Failed) => None,
+            (_, None, _) | (None, Some(_), Outcome::Failed | Outcome::Unknown) => None,
         };
     }
 }

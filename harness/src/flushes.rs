@@ -1,0 +1,1 @@
+//! Flushes: what is acknowledged as durable reached the storage.

@@ -1,0 +1,1 @@
+//! What each block may hold now, under overlapping and concurrent operations.

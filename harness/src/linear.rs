@@ -1,0 +1,1 @@
+//! Linearizability of overlapping, concurrent operations, per block, streaming.

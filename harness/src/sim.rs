@@ -1,0 +1,3 @@
+//! The simulated device: a block layer, a ublk driver, a server and a disk with a volatile cache, in one thread.
+
+pub mod server;

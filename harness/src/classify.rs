@@ -23,7 +23,7 @@ use crate::sector::{Generation, Origin, Pattern};
 use crate::seed::Seed;
 
 /// What one sector can hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Content {
     /// Nothing but zeroes.

@@ -43,6 +43,7 @@ pub mod seed;
 pub mod shadow;
 pub mod shrink;
 pub mod sim;
+mod sparse;
 pub mod stamp;
 pub mod threads;
 pub mod vacuity;
@@ -51,6 +52,7 @@ pub mod watchdog;
 
 pub use classify::{Class, Content, Expected};
 pub use event::Event;
+pub use ledger::{Ledger, LedgerOptions, OpId};
 pub use mismatch::Mismatch;
 pub use mutant::{Mutant, MutantBackend};
 pub use observe::Observed;

@@ -217,7 +217,8 @@ impl Slot {
         let is_base = |version: &Version| version.ended == 0;
         let base_lump = |lump: &Lump| !lump.is_empty() && lump.ended() == 0;
         let (bases, since): (Vec<Version>, Vec<Version>) = self.versions.iter().copied().partition(is_base);
-        let (base_lumps, lumps_since): (Vec<&Lump>, Vec<&Lump>) = self.live_lumps(0).partition(|lump| base_lump(lump));
+        let (base_lumps, lumps_since): (Vec<&Lump>, Vec<&Lump>) =
+            self.live_lumps(0).partition(|lump| base_lump(lump));
         let allowed_since = since.iter().any(|v| v.allows(seen)) || lumps_since.iter().any(|lump| lump.allows(seen));
         if allowed_since {
             return;

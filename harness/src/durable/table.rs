@@ -73,7 +73,8 @@ mod tests {
             table.set(block, Cell::new(Content::Written(generation)));
         }
         for block in 0..blocks {
-            let generation = touched.into_iter().zip(1..).find(|(at, _)| *at == block).map(|(_, generation)| generation);
+            let generation =
+                touched.into_iter().zip(1..).find(|(at, _)| *at == block).map(|(_, generation)| generation);
             assert_eq!(table.get(block).content(), generation.map(Content::Written));
         }
     }

@@ -35,6 +35,8 @@ pub(super) struct Model {
     able: u8,
     acknowledged: u8,
     states: Vec<State>,
+    /// Whether the states are there already that come of what may take effect now.
+    complete: bool,
 }
 
 impl State {
@@ -71,7 +73,14 @@ impl State {
 impl Model {
     pub(super) fn new(initial: Content, volatile_cache: bool) -> Self {
         let contents = [initial; CHANGES + 1];
-        Self { volatile_cache, contents, able: 0, acknowledged: 0, states: vec![State::of_base(BASE)] }
+        Self {
+            volatile_cache,
+            contents,
+            able: 0,
+            acknowledged: 0,
+            states: vec![State::of_base(BASE)],
+            complete: true,
+        }
     }
 
     /// Changes that may still take effect.
@@ -82,6 +91,7 @@ impl Model {
     pub(super) fn begin(&mut self, change: u8, content: Content) {
         self.contents[usize::from(change)] = content;
         self.able |= 1 << change;
+        self.complete = false;
     }
 
     pub(super) fn end(&mut self, change: u8, outcome: Outcome, through: bool) {
@@ -110,11 +120,10 @@ impl Model {
     }
 
     /// What a power cut now may leave.
-    pub(super) fn survivors(&self) -> Vec<Content> {
-        let mut all = self.clone();
-        all.run();
+    pub(super) fn survivors(&mut self) -> Vec<Content> {
+        self.run();
         let mut contents = Vec::new();
-        for state in &all.states {
+        for state in &self.states {
             for entry in state.log() {
                 let content = self.contents[usize::from(state.source(*entry))];
                 if !contents.contains(&content) {
@@ -135,18 +144,20 @@ impl Model {
     }
 
     /// What a read that is over in no time may return now.
-    pub(super) fn readable(&self) -> Vec<Content> {
-        let mut all = self.clone();
-        all.run();
-        all.states.iter().map(|state| all.content_now(state)).collect()
+    pub(super) fn readable(&mut self) -> Vec<Content> {
+        self.run();
+        self.states.iter().map(|state| self.content_now(state)).collect()
     }
 
-    /// Such a read returned `seen`.
+    /// Such a read returned `seen`. What holds anything explains it as well as what holds `seen`, and allows more.
     pub(super) fn read(&mut self, seen: Content) {
         self.run();
         let states = std::mem::take(&mut self.states);
-        let fits = |content| content == seen || content == Content::Unknown;
-        self.states = states.into_iter().filter(|state| fits(self.content_now(state))).collect();
+        let showing = |content| states.iter().copied().filter(|s| self.content_now(s) == content).collect();
+        let (seen, anything): (Vec<_>, Vec<_>) = (showing(seen), showing(Content::Unknown));
+        self.states = if anything.is_empty() { seen } else { anything };
+        // What is in flight may take effect right after the read.
+        self.complete = false;
     }
 
     fn content_now(&self, state: &State) -> Content {
@@ -154,8 +165,11 @@ impl Model {
         self.contents[usize::from(state.source(last))]
     }
 
-    /// Lets any of the changes in flight take effect, in any order.
+    /// Lets any of the changes in flight take effect, in any order, or not yet.
     fn run(&mut self) {
+        if std::mem::replace(&mut self.complete, true) {
+            return;
+        }
         let mut at = 0;
         while let Some(state) = self.states.get(at).copied() {
             let able = (0..CHANGES as u8).filter(|change| self.able & !state.applied & 1 << change != 0);

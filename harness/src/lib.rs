@@ -21,6 +21,7 @@
 pub mod bundle;
 pub mod check;
 pub mod classify;
+pub mod confusion;
 mod decode;
 pub mod durable;
 pub mod errors;

@@ -225,3 +225,6 @@ impl<B: Backend> Backend for FaultBackend<B> {
         self.change(call, self.fire(call), |part, at| self.inner.write_zeroes(at, part.len() as u64, flags))
     }
 }
+
+#[cfg(test)]
+mod tests;

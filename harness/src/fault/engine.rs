@@ -206,19 +206,17 @@ impl Faults {
     /// Waits until a request that is held no longer is, `timeout` at most. Whether it was released.
     #[must_use]
     pub fn wait_released(&self, hold: HoldId, timeout: Duration) -> bool {
-        let held = |progress: &mut Progress| hold.0 >= progress.released;
-        let waited = self.0.release.wait_timeout_while(self.progress(), timeout, held);
+        let still = |progress: &mut Progress| hold.0 >= progress.released;
+        let waited = self.0.release.wait_timeout_while(self.progress(), timeout, still);
         let (progress, _timed_out) = waited.unwrap_or_else(PoisonError::into_inner);
         hold.0 < progress.released
     }
 
-    /// Releases the request that has been held for longest. Whether there was one.
-    pub fn release_oldest(&self) -> bool {
+    /// Releases the request that has been held for longest, if any is held.
+    pub fn release_oldest(&self) {
         let mut progress = self.progress();
-        let any = progress.released < progress.holds;
-        progress.released += u64::from(any);
+        progress.released = progress.holds.min(progress.released + 1);
         self.0.release.notify_all();
-        any
     }
 
     /// Releases every request that is held now.

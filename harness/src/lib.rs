@@ -32,6 +32,7 @@ pub mod ledger;
 pub mod linear;
 pub mod mismatch;
 pub mod mutant;
+mod near;
 pub mod observe;
 pub mod oracle;
 pub mod outcome;

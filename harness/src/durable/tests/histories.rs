@@ -210,7 +210,9 @@ impl<'a> History<'a> {
         // What is in flight is either given up before the cut, or ends when nobody asks any more.
         let lost = std::mem::take(&mut self.in_flight);
         let (before, after): (Vec<_>, Vec<_>) = lost.into_iter().partition(|_| self.rng.chance(1, 2));
-        before.iter().for_each(|change| self.end_with(change, Outcome::Unknown));
+        for change in &before {
+            self.end_with(change, Outcome::Unknown);
+        }
         let now = self.tick();
         let mut left = BTreeMap::new();
         self.durable.power_cut(now, |block, contents| {

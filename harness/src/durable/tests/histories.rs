@@ -72,7 +72,7 @@ impl<'a> History<'a> {
     }
 
     fn run(&mut self) {
-        for _ in 0..self.rng.within(8..=32) {
+        for _ in 0..self.rng.within(6..=24) {
             match self.rng.below(16) {
                 0..=4 => self.begin(),
                 5..=9 => self.end(),
@@ -269,7 +269,7 @@ impl<'a> History<'a> {
 
 #[test]
 fn survivors_are_those_of_the_enumerated_device() {
-    const HISTORIES: u64 = 110_000;
+    const HISTORIES: u64 = 108_000;
     let mut tally = Tally::new();
     let mut exact = 0;
     for seed in 0..HISTORIES {
@@ -304,6 +304,6 @@ fn survivors_are_those_of_the_enumerated_device() {
         "three survivors or more",
     ];
     for what in often {
-        assert!(tally.get(what).is_some_and(|times| *times >= 4_000), "{what}: {:?}", tally.get(what));
+        assert!(tally.get(what).is_some_and(|times| *times >= 2_000), "{what}: {:?}", tally.get(what));
     }
 }

@@ -21,6 +21,7 @@
 pub mod bundle;
 pub mod check;
 pub mod classify;
+pub mod confusion;
 mod decode;
 pub mod durable;
 pub mod errors;
@@ -43,6 +44,7 @@ pub mod seed;
 pub mod shadow;
 pub mod shrink;
 pub mod sim;
+mod sparse;
 pub mod stamp;
 pub mod threads;
 pub mod vacuity;
@@ -51,6 +53,7 @@ pub mod watchdog;
 
 pub use classify::{Class, Content, Expected};
 pub use event::Event;
+pub use ledger::{Ledger, LedgerOptions, OpId};
 pub use mismatch::Mismatch;
 pub use mutant::{Mutant, MutantBackend};
 pub use observe::Observed;

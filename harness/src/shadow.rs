@@ -27,6 +27,7 @@ use self::state::{Kind, Previous, State};
 use self::table::Table;
 use crate::classify::{Class, Classifier, Content, Expected};
 use crate::mismatch::{Mismatch, SectorDump};
+use crate::oracle::Oracle;
 use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
@@ -444,16 +445,18 @@ impl Shadow {
             }
         }
         let (sector, class) = first.unwrap_or((wrong, Class::Garbage));
+        let expected = self.expected(sector);
         Box::new(Mismatch {
+            oracle: Oracle::of(&class, &expected),
             worker: *worker,
             op,
             range,
             sector,
             class,
-            expected: self.expected(sector),
+            expected,
             got: SectorDump::new(&sectors[(sector - range.first) as usize]),
             wrong_sectors,
-            history: self.history.of_sector(sector, self.state(sector)),
+            history: self.history.of_sector(*worker, sector, self.state(sector)),
         })
     }
 }

@@ -1,8 +1,12 @@
 //! What a ublk server is to the driver: it is handed requests, works on them, and commits results.
 
+mod plain;
+
 use std::fmt;
 
 use ublkit::Operation;
+
+pub use self::plain::{PlainServer, serve};
 
 use crate::seed::SeededRng;
 
@@ -108,4 +112,15 @@ pub trait Server: fmt::Debug {
 
     /// How many requests it has in hand. With none, a step does nothing.
     fn pending(&self) -> usize;
+
+    /// Whether it needs memory for its next step. A server on its data path should not: where memory is short, whoever
+    /// asks for some waits for writeback, which may be what this server is to do.
+    fn allocates(&self) -> bool {
+        false
+    }
+
+    /// Whether it declared itself part of writeback (`PR_SET_IO_FLUSHER`), so that it is given memory without waiting.
+    fn io_flusher(&self) -> bool {
+        true
+    }
 }

@@ -1,0 +1,239 @@
+//! A disk with a volatile write cache, and what a power cut leaves of it.
+//!
+//! Two images: what reads return, and what is durable. Between them lies a log of the changes that are not durable yet, in
+//! the order in which they were made. A flush applies the log to the durable image. A power cut applies those of its
+//! changes that survive, in order, and what they leave is what reads return from then on.
+//!
+//! A change that is made durable on its own stays in the log, marked: older changes of the same place come before it, so
+//! that whichever of them survive do not cover it.
+
+mod log;
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::io;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
+
+use self::log::{Change, Log};
+pub use self::log::{Cut, CutMode};
+use crate::seed::SeededRng;
+
+/// What a medium is made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MediumOptions {
+    /// Its size, in bytes.
+    pub bytes: u64,
+    /// Changes may be lost until a flush. Without, each is durable when it is made.
+    pub volatile_cache: bool,
+    /// What a power cut leaves whole, in bytes: each aligned unit of a change survives or does not.
+    pub atomic_bytes: u32,
+}
+
+/// A disk with a volatile write cache. Clones are the same disk; [`fork`](Self::fork) makes another.
+#[derive(Clone)]
+pub struct Medium {
+    options: MediumOptions,
+    images: Arc<Mutex<Images>>,
+}
+
+#[derive(Clone)]
+struct Images {
+    current: Vec<u8>,
+    /// Empty without a volatile cache: then it is the current one.
+    durable: Vec<u8>,
+    log: Log,
+}
+
+impl Medium {
+    /// A medium full of zeroes.
+    #[must_use]
+    pub fn new(options: MediumOptions) -> Self {
+        let bytes = options.bytes as usize;
+        let durable = vec![0; if options.volatile_cache { bytes } else { 0 }];
+        let images = Images { current: vec![0; bytes], durable, log: Log::default() };
+        Self { options, images: Arc::new(Mutex::new(images)) }
+    }
+
+    /// What it is made of.
+    #[must_use]
+    pub fn options(&self) -> MediumOptions {
+        self.options
+    }
+
+    /// Fills `buf` from `offset`.
+    ///
+    /// # Errors
+    /// Beyond the end.
+    pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let range = self.range(offset, buf.len() as u64)?;
+        buf.copy_from_slice(&self.images().current[range]);
+        Ok(())
+    }
+
+    /// Writes; lost by a power cut, perhaps, until it is flushed.
+    ///
+    /// # Errors
+    /// Beyond the end.
+    pub fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write(buf, offset, false)
+    }
+
+    /// Writes durably, and flushes nothing else.
+    ///
+    /// # Errors
+    /// Beyond the end.
+    pub fn write_through(&self, buf: &[u8], offset: u64) -> io::Result<()> {
+        self.write(buf, offset, true)
+    }
+
+    /// Zeroes; a change like a write.
+    ///
+    /// # Errors
+    /// Beyond the end.
+    pub fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.change_to_zero(offset, len, false)
+    }
+
+    /// Zeroes durably, and flushes nothing else.
+    ///
+    /// # Errors
+    /// Beyond the end.
+    pub fn zero_through(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.change_to_zero(offset, len, true)
+    }
+
+    /// Makes every change durable.
+    ///
+    /// # Errors
+    /// Never; a disk might.
+    pub fn flush(&self) -> io::Result<()> {
+        let Images { durable, log, .. } = &mut *self.images();
+        log.apply(durable);
+        Ok(())
+    }
+
+    /// Makes the changes in a range durable, and of changes that are partly in it that part.
+    ///
+    /// # Errors
+    /// Beyond the end.
+    pub fn flush_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        let range = self.range(offset, len)?;
+        self.images().log.pin(&(range.start as u64..range.end as u64));
+        Ok(())
+    }
+
+    /// Cuts the power. Which of the changes that are not durable survive is drawn: none, all, some of them, some units of
+    /// them, or all up to a moment. What is there afterwards is durable.
+    #[must_use]
+    pub fn power_cut(&self, rng: &mut SeededRng) -> Cut {
+        let Images { current, durable, log } = &mut *self.images();
+        if !self.options.volatile_cache {
+            return Cut::default();
+        }
+        // The images differ in nothing but what is in the log.
+        log.each_range(|range| current[range.clone()].copy_from_slice(&durable[range]));
+        let land = |change: &Change, range: Range<u64>, data: &[u8]| {
+            change.put(durable, &range, data);
+            change.put(current, &range, data);
+        };
+        log.survive(u64::from(self.options.atomic_bytes.max(1)), rng, land)
+    }
+
+    /// A disk of its own with the same content, cache included.
+    #[must_use]
+    pub fn fork(&self) -> Self {
+        let images = self.images().clone();
+        Self { options: self.options, images: Arc::new(Mutex::new(images)) }
+    }
+
+    /// How many changes are not durable, give or take those that were made durable on their own.
+    #[must_use]
+    pub fn unflushed(&self) -> usize {
+        self.images().log.len()
+    }
+
+    fn write(&self, buf: &[u8], offset: u64, through: bool) -> io::Result<()> {
+        let range = self.range(offset, buf.len() as u64)?;
+        let Images { current, durable, log } = &mut *self.images();
+        current[range].copy_from_slice(buf);
+        if self.options.volatile_cache {
+            log.make_room(durable);
+            log.push(offset, buf.len() as u64, Some(buf), through);
+        }
+        Ok(())
+    }
+
+    fn change_to_zero(&self, offset: u64, len: u64, through: bool) -> io::Result<()> {
+        let range = self.range(offset, len)?;
+        let Images { current, durable, log } = &mut *self.images();
+        current[range].fill(0);
+        if self.options.volatile_cache {
+            log.make_room(durable);
+            log.push(offset, len, None, through);
+        }
+        Ok(())
+    }
+
+    fn range(&self, offset: u64, len: u64) -> io::Result<Range<usize>> {
+        match offset.checked_add(len) {
+            Some(end) if end <= self.options.bytes => Ok(offset as usize..end as usize),
+            _ => Err(io::ErrorKind::InvalidInput.into()),
+        }
+    }
+
+    fn images(&self) -> MutexGuard<'_, Images> {
+        // Whoever panicked did not do so in here, but for want of memory: the images are whole.
+        self.images.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Medium {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Medium").field("options", &self.options).finish_non_exhaustive()
+    }
+}
+
+/// The right backend of a medium. What is discarded reads as zeroes.
+#[derive(Clone, Debug)]
+pub struct MediumDisk {
+    medium: Medium,
+    geometry: Geometry,
+}
+
+impl MediumDisk {
+    /// A disk that declares `geometry`, on `medium`.
+    #[must_use]
+    pub fn new(medium: Medium, geometry: Geometry) -> Self {
+        Self { medium, geometry }
+    }
+}
+
+impl Backend for MediumDisk {
+    fn geometry(&self) -> Geometry {
+        self.geometry
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.medium.read_at(buf, offset)
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        self.medium.write(buf, offset, flags.fua)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.medium.flush()
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.medium.zero(offset, len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.medium.change_to_zero(offset, len, flags.fua)
+    }
+}

@@ -122,8 +122,9 @@ fn the_honest_backend_passes() {
 fn names(mutant: Mutant) -> std::collections::BTreeMap<String, u32> {
     let mut names = std::collections::BTreeMap::new();
     for seed in 0..20 {
-        let backend = MutantBackend::new(Memory::new(DEVICE), mutant, 15, Seed::new(seed));
-        let hits = backend.hits();
+        let plot = Plot::new(Seed::new(seed));
+        let backend = plant_backend(Planted { mutant, every: 15 }, Arc::new(Memory::new(DEVICE)), &plot);
+        let hits = plot.hits.clone();
         let name = match torture(&backend, seed, 400) {
             Ok(_) => "not found".to_owned(),
             Err(mismatch) => mismatch.class.name().to_owned(),

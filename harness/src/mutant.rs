@@ -197,7 +197,7 @@ impl Plot {
     #[must_use]
     pub fn again(&self, why: Open, medium: Option<Medium>) -> Self {
         self.stopping.store(false, Ordering::Relaxed);
-        Self { why, medium, ..self.clone() }
+        Self { medium, why, ..self.clone() }
     }
 
     fn admit(&self, kind: OpKind, offset: u64, len: u64, errno: i32) {

@@ -70,7 +70,7 @@ impl Twist for StuckBit {
         for (block, data) in disk.blocks(offset, buf.len() as u64).zip(buf.chunks_exact_mut(block_bytes as usize)) {
             let drawn = self.0.fixed("block", block);
             // What was never written is left alone: it is not known to be anything.
-            if drawn % self.0.every() == 0 && data.iter().any(|byte| *byte != 0) {
+            if drawn.is_multiple_of(self.0.every()) && data.iter().any(|byte| *byte != 0) {
                 let bit = (drawn >> 32) % (block_bytes * 8);
                 set(&self.0, &mut data[bit as usize / 8], bit);
             }

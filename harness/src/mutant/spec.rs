@@ -201,7 +201,7 @@ ZeroesEdgesKept "+" "zeroes-edges-kept" Backend 2 [Zero Linear] YES
     "zeroes are narrowed to whole units, and the edges keep their data";
 FirstFlushSkipped "+" "first-flush-skipped" Backend 1 [Durable] YES
     "a server that was started again takes nothing to be dirty, and skips its first flush";
-SwappedBlocks "+" "swapped-blocks" Backend 200 [Tag] YES
+SwappedBlocks "+" "swapped-blocks" Backend 50 [Tag] YES
     "two blocks of one write are stored in each other's place";
 ErroredWrite "a" "errored-write" Control 200 [] YES
     "a write that fails was done in full, in part or not at all (fio #1215)";
@@ -221,6 +221,16 @@ PartialThenError "h" "partial-then-error" Control 200 [] YES
     "an operation fails when a part of it is done";
 FlushFails "i" "flush-fails" Control 10 [] YES
     "a flush fails, and nobody knows what of the data since the last good one is durable";
+}
+
+impl Spec {
+    /// Whether it is between the driver and the server: a real device then needs a handler of its own for it.
+    #[must_use]
+    pub fn is_in_server(&self) -> bool {
+        let pieces = [Mutant::ReadInPieces, Mutant::WriteInPieces];
+        let stops = [Mutant::StopWithInflight, Mutant::NoIoFlusher];
+        self.layer == Layer::Server || pieces.contains(&self.mutant) || stops.contains(&self.mutant)
+    }
 }
 
 impl Mutant {

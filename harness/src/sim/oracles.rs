@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use crate::event::{Event, Finding, Hang};
+use crate::fault::{Faults, Injection};
+use crate::ledger::{Ledger, LedgerOptions, OpId, Ticket};
 use crate::mismatch::Mismatch;
 use crate::oracle::{Oracle, Oracles};
 use crate::outcome::Outcome;
@@ -13,7 +15,6 @@ use crate::sector::{Pattern, SECTOR};
 use crate::seed::Seed;
 use crate::shadow::{DiscardPromise, Verified};
 use crate::sim::calls::{Call, CallLog};
-pub(crate) use crate::sim::stub::{Ledger, LedgerOptions, OpId, Ticket};
 use crate::stamp::Stamp;
 
 /// What a run ended with, and whose operation it was.
@@ -35,6 +36,8 @@ pub(crate) struct Ended {
     pub(crate) range: SectorRange,
     /// 0 for success.
     pub(crate) errno: i32,
+    /// The error is the driver's own, as when a server died.
+    pub(crate) excused: bool,
 }
 
 /// All oracles of a run.
@@ -43,6 +46,9 @@ pub(crate) struct Judges {
     oracles: Oracles,
     ledger: Ledger,
     clock: CallLog,
+    faults: Option<Faults>,
+    /// How many faults were made.
+    pub(crate) injections: u64,
 }
 
 impl Judges {
@@ -53,6 +59,7 @@ impl Judges {
         foreign: Arc<[Pattern]>,
         initially_zero: bool,
         clock: Option<CallLog>,
+        faults: Option<Faults>,
     ) -> Self {
         let region = SectorRange::device(setup.bytes);
         let ledger = Ledger::new(LedgerOptions {
@@ -67,7 +74,7 @@ impl Judges {
             torn_by_races: false,
             oracles,
         });
-        Self { oracles, ledger, clock: clock.unwrap_or_default() }
+        Self { oracles, ledger, clock: clock.unwrap_or_default(), faults, injections: 0 }
     }
 
     /// An operation of the application begins; fills the payload of a write.
@@ -113,10 +120,21 @@ impl Judges {
         let _ = call;
     }
 
-    /// The calls that reached the storage since the last time.
+    /// A fault that was made, for the oracle of errors.
+    #[expect(clippy::unused_self, reason = "where other oracles are told")]
+    fn observe_injection(&mut self, injection: Injection) {
+        let _ = injection;
+    }
+
+    /// The calls that reached the storage and the faults that were made since the last time.
     pub(crate) fn observe_calls(&mut self) {
         let clock = self.clock.clone();
         clock.drain(|call| self.observe_call(call));
+        let injections = self.faults.as_ref().map(Faults::take_injections).unwrap_or_default();
+        self.injections += injections.len() as u64;
+        for injection in injections {
+            self.observe_injection(injection);
+        }
     }
 
     /// The power was cut and is back. Nothing is in flight.
@@ -148,6 +166,6 @@ impl Judges {
 }
 
 fn wrong(op: OpId, mismatch: Box<Mismatch>) -> Failure {
-    let oracle = mismatch.oracle();
+    let oracle = mismatch.oracle;
     Box::new((oracle, Event::Mismatch(mismatch), Some(op)))
 }

@@ -33,7 +33,9 @@ impl Run<'_> {
             }
             Act::FaultsOff | Act::FaultsOn => {
                 let on = act == Act::FaultsOn;
-                self.subject.faults(on);
+                if let Some(faults) = self.subject.faults() {
+                    faults.switch(on);
+                }
                 let now = self.driver.now;
                 self.trace.note(What::Faults, [u64::from(on), 0, 0], || format!("{now}: faults {on}"));
                 if !on {

@@ -16,16 +16,16 @@
 //! * More than seven flipped bits are *partial*, and so are flipped bits in a content that may not be there.
 //!
 //! A word is believed to be of this sector when it decodes to it, 40 bits that agree. Any other origin has to be named by
-//! two words at the same distance from where they belong, so that random bytes name nothing. One word from elsewhere
-//! beside 63 others is therefore *partial*, not *torn*. A shift has to explain half of the sector, in two different
-//! words at least, and more of it than any content in its place does.
+//! two words at the same distance from where they belong, so that random bytes name nothing:
 //!
-//! With [compressible](Pattern::with_compressibility) payloads the first words of a sector are one and the same, so that
-//! they count as one where more than one word is asked for:
+//! * One word from elsewhere beside 63 others is *partial*, not *torn*, and beside 63 zeroes *garbage*.
+//! * A shift has to explain half of the sector, with more than one value, and more of it than any content in its place
+//!   does.
+//! * The same bits flipped in several words make them words of another sector, if the device is so large that it has it.
 //!
-//! * A part of a tear that comes from another device or run, and of which only such words are seen, is *partial*.
-//! * One value all over the sector is *partial*, not *garbage*, where it happens to be such a word of this device. That
-//!   takes a large device: one value in 2^40 / sectors is.
+//! With [compressible](Pattern::with_compressibility) payloads the first words of a sector are one and the same. They
+//! count as one where two are asked for: a part of a tear that comes from elsewhere, and of which only such words are
+//! seen, is not named.
 //!
 //! [`confusion`](crate::confusion) draws instances of each class and counts what they are called.
 

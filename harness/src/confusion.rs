@@ -46,17 +46,16 @@ pub enum Alike {
     AllTheWayRound,
     /// *Shifted*, called *misdirected*: by whole sectors.
     WholeSectors,
-    /// *Torn*, called *partial*: a part from elsewhere is one word, which could be anything.
+    /// *Torn*, called *partial*, or beside zeroes *garbage*: a part from elsewhere is one word, which could be anything.
     OneWord,
-    /// *Torn*, called *partial*: all that is seen of a foreign part is one word, repeated.
+    /// *Torn*, called *partial*, or beside zeroes *garbage*: all that is seen of a part from elsewhere is one word,
+    /// repeated.
     OneWordRepeated,
-    /// *Garbage*, called *partial*: one value all over the sector is such a word of the device.
-    ValueOfTheDevice,
 }
 
 impl Alike {
     /// All there are.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 7] = [
         Self::ReplacedIsUnknown,
         Self::ReplacedZeroes,
         Self::OtherWayRound,
@@ -64,7 +63,6 @@ impl Alike {
         Self::WholeSectors,
         Self::OneWord,
         Self::OneWordRepeated,
-        Self::ValueOfTheDevice,
     ];
 
     /// The classes that were drawn and the classes that they are called.
@@ -76,8 +74,7 @@ impl Alike {
             Self::OtherWayRound => &[("stale", "future"), ("future", "stale")],
             Self::AllTheWayRound => &[("stale", "good"), ("future", "good")],
             Self::WholeSectors => &[("shifted", "misdirected")],
-            Self::OneWord | Self::OneWordRepeated => &[("torn", "partial")],
-            Self::ValueOfTheDevice => &[("garbage", "partial")],
+            Self::OneWord | Self::OneWordRepeated => &[("torn", "partial"), ("torn", "garbage")],
         }
     }
 
@@ -91,8 +88,7 @@ impl Alike {
             Self::AllTheWayRound => "as many generations away as there are",
             Self::WholeSectors => "a shift by whole sectors",
             Self::OneWord => "a part of one word from elsewhere: any word could be",
-            Self::OneWordRepeated => "compressible: a foreign part that is one word, repeated",
-            Self::ValueOfTheDevice => "compressible: one value all over that is such a word of a large device",
+            Self::OneWordRepeated => "compressible: a part from elsewhere that is one word, repeated",
         }
     }
 }

@@ -134,8 +134,8 @@ impl Classifier<'_> {
                 }
             }
         }
-        // A device of unknown size has room for any word. Where words repeat, one value says no more than one word.
-        votes.retain(|&(book, _), votes| votes.count >= 2 && (book == 0 || votes.differ));
+        // Where words repeat, one value says no more than one word.
+        votes.retain(|_, votes| votes.differ);
         let rank = |place: Place| {
             votes.get(&place).map(|votes| (votes.count, Reverse(place.1.unsigned_abs()), Reverse(place)))
         };

@@ -76,8 +76,6 @@ pub struct Durable {
     queue: VecDeque<(u32, Stamp)>,
     /// When the last flush was submitted of those that succeeded; 0 if there was none.
     flushed: Stamp,
-    /// When the power was last cut; 0 if never.
-    cut: Stamp,
 }
 
 impl Durable {
@@ -94,7 +92,6 @@ impl Durable {
             free: Vec::new(),
             queue: VecDeque::new(),
             flushed: 0,
-            cut: 0,
         }
     }
 
@@ -123,16 +120,14 @@ impl Durable {
         outcome: Outcome,
         through: bool,
     ) {
-        let _known_since_it_began = content_of;
+        let _ = content_of;
         let (began, now) = (inner(began), inner(now));
-        if began < self.cut {
-            return;
-        }
         let durable = through || !self.volatile_cache;
         for block in blocks {
             let Some(id) = self.table.get(block).slot() else { continue };
             let slot = &mut self.slots[id as usize];
             slot.refresh(self.flushed);
+            // A change from before the last cut is not found: the cut forgot when its survivors began.
             let waits = slot.end(began, now, outcome, durable);
             if let Some(cell) = slot.settled() {
                 self.give_back(id, cell);
@@ -182,7 +177,7 @@ impl Durable {
     /// Calls `each(block, survivors)`, in the order of the blocks, for each block that has more than one survivor, or that
     /// something in flight or of unknown outcome touched. The survivors are as in [`survivors`](Self::survivors).
     pub fn power_cut(&mut self, now: Stamp, mut each: impl FnMut(u64, &[Content])) {
-        self.cut = inner(now);
+        debug_assert!(inner(now) > self.flushed, "a flush that succeeded was submitted before");
         self.queue.clear();
         let mut live: Vec<(u64, u32)> = (0..)
             .zip(&mut self.slots)
@@ -229,7 +224,7 @@ impl Durable {
     /// Nothing depends on it; it is a good time to give back what flushes have settled, and the work was paid for by
     /// the changes.
     pub fn horizon(&mut self, oldest: Stamp) {
-        let _all_ended = oldest;
+        let _ = oldest;
         self.tidy(usize::MAX);
     }
 

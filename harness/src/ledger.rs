@@ -228,9 +228,20 @@ impl Ledger {
     /// When `data` is not as long as the read, or the ticket is another ledger's.
     pub fn end_read(&mut self, ticket: Ticket, data: &[u8]) -> Result<Verified, Box<Mismatch>> {
         let flight = self.land(ticket, Outcome::Done);
-        let (op, range, began) = (flight.op, flight.range, flight.began);
-        assert_eq!(data.len() as u64, range.len_bytes(), "the data is as long as the range");
+        let verified = self.check(flight.op, flight.range, flight.began, data);
+        // Not before: what the read might see is kept for as long as it is in flight.
         self.recycle(flight);
+        verified
+    }
+
+    fn check(
+        &mut self,
+        op: OpId,
+        range: SectorRange,
+        began: Stamp,
+        data: &[u8],
+    ) -> Result<Verified, Box<Mismatch>> {
+        assert_eq!(data.len() as u64, range.len_bytes(), "the data is as long as the range");
         let mut looked = Looked::default();
         let block_bytes = self.options.block_sectors as usize * SECTOR;
         let first_block = self.blocks(range).start;
@@ -414,7 +425,8 @@ impl Ledger {
             return self.judge(block, bytes, began, Some(seen));
         }
         looked.settled += u64::from(candidates.len() > 1);
-        if self.after_cut.remove(&block) {
+        // What was replaced for good while the read was under way says nothing of what is there now.
+        if self.after_cut.remove(&block) && self.durable.survives(block, seen) {
             self.durable.settle(block, seen);
         }
         Ok(())

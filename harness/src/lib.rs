@@ -11,7 +11,7 @@
 //! 5. Everything that happens is an [`Event`] in one linear stream, sent through an [`EventSink`]; reporters only
 //!    read it.
 //! 6. [`Evidence`] counts the work done, and a run that did too little is vacuous, not a pass.
-//! 7. [`MutantBackend`] plants a known bug, to see that it is found; [`Observed`] counts what reached a backend.
+//! 7. [`plant_backend`] and [`plant_server`] plant a known bug, a [`Mutant`], to see that it is found; [`Observed`] counts what reached a backend.
 //! 8. [`Watchdog`] ends what does not end by itself and says where every thread stood.
 //!
 //! Sectors are always 512 bytes and are counted in `u64`; a length in bytes says so in its name.
@@ -32,6 +32,7 @@ pub mod ledger;
 pub mod linear;
 pub mod mismatch;
 pub mod mutant;
+mod near;
 pub mod observe;
 pub mod oracle;
 pub mod outcome;
@@ -55,7 +56,7 @@ pub use classify::{Class, Content, Expected};
 pub use event::Event;
 pub use ledger::{Ledger, LedgerOptions, OpId};
 pub use mismatch::Mismatch;
-pub use mutant::{Mutant, MutantBackend};
+pub use mutant::{Mutant, Planted, plant_backend, plant_server};
 pub use observe::Observed;
 pub use oracle::{Oracle, Oracles};
 pub use outcome::Outcome;

@@ -1,51 +1,45 @@
-//! Planted bugs: backends that are wrong in a known way, for finding out whether they are found out.
+//! Planted bugs: backends, servers and declarations that are wrong in a known way, for finding out whether they are found
+//! out; and legal oddities, for finding out whether they are taken for bugs.
 //!
 //! A harness that has never failed a device proves nothing. Each mutant stands for a bug that real storage had, and a run
-//! over it has to end in a failure that names it.
+//! over it has to end in a failure that names it. A control is odd but within its rights, and has to pass.
+//!
+//! Most are a layer between a server and its storage ([`plant_backend`]) or between the driver and a server
+//! ([`plant_server`]); some are lies in what is declared ([`declared_geometry`]). Each one's [`Spec`] says which. What a
+//! mutant keeps in memory is lost when its server ends, whatever ended it.
+
+mod cache;
+mod controls;
+mod discard;
+mod errors;
+mod lifecycle;
+mod pieces;
+mod reads;
+mod rewrites;
+mod server;
+mod spec;
+#[cfg(test)]
+pub(crate) mod tests;
+mod twist;
+mod writes;
 
 use std::fmt;
-use std::io;
 use std::str::FromStr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
-use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
+use ublkit::Backend;
 
-use crate::seed::{Seed, SeededRng};
-
-/// A known way to be wrong.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Mutant {
-    /// Every so many writes, one is acknowledged and dropped.
-    LostWrite,
-    /// Every so many writes, one lands a few logical blocks away.
-    MisdirectedWrite,
-    /// Every so many reads, one returns a flipped bit; what is stored stays right.
-    BitflipRead,
-}
-
-/// How often a mutant errs unless told otherwise: once in so many operations of the kind.
-pub const EVERY: u64 = 500;
-
-/// How many logical blocks a misdirected write is off, at most.
-const BLOCKS_OFF: u64 = 8;
-
-/// A backend with a planted bug.
-#[derive(Debug)]
-pub struct MutantBackend<B> {
-    inner: B,
-    mutant: Mutant,
-    every: u64,
-    /// Which of the operations the first error falls on.
-    phase: u64,
-    seed: Seed,
-    /// Operations of the kind so far.
-    count: AtomicU64,
-    hits: Hits,
-    geometry: Geometry,
-}
+pub use self::lifecycle::{declared_geometry, gives_id_back, medium_options};
+pub use self::spec::{Layer, Mutant, OnDevice, Spec, UnknownMutant};
+use self::twist::Turn;
+use crate::plan::OpKind;
+use crate::range::SectorRange;
+use crate::sector::Pattern;
+use crate::seed::Seed;
+use crate::sim::medium::Medium;
+use crate::sim::server::Server;
 
 /// A bug to plant: `lost-write`, or `lost-write:30` for one in 30 operations of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -55,6 +49,13 @@ pub struct Planted {
     pub mutant: Mutant,
     /// It errs once in so many operations of its kind.
     pub every: u64,
+}
+
+impl From<Mutant> for Planted {
+    /// As often as the mutant errs unless told otherwise.
+    fn from(mutant: Mutant) -> Self {
+        Self { mutant, every: mutant.spec().every }
+    }
 }
 
 impl fmt::Display for Planted {
@@ -68,14 +69,14 @@ impl FromStr for Planted {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let (name, every) = match text.split_once(':') {
-            None => (text, EVERY),
+            None => (text, None),
             Some((name, every)) => match every.parse() {
-                Ok(every @ 1..) => (name, every),
+                Ok(every @ 1..) => (name, Some(every)),
                 _ => return Err(format!("'{every}' in '{text}' is not a whole number from 1")),
             },
         };
-        let mutant = name.parse::<Mutant>().map_err(|error| error.to_string())?;
-        Ok(Self { mutant, every })
+        let planted = Self::from(name.parse::<Mutant>().map_err(|error| error.to_string())?);
+        Ok(Self { every: every.unwrap_or(planted.every), ..planted })
     }
 }
 
@@ -93,162 +94,149 @@ impl TryFrom<String> for Planted {
     }
 }
 
-/// How often a [`MutantBackend`] has been wrong.
+/// How often a mutant has been wrong, and could have been. One that never was proves nothing.
 #[derive(Clone, Debug, Default)]
-pub struct Hits(Arc<AtomicU64>);
+pub struct Hits(Arc<Tally>);
+
+#[derive(Debug, Default)]
+struct Tally {
+    hits: AtomicU64,
+    chances: AtomicU64,
+}
 
 impl Hits {
-    /// How often, until now.
+    /// How often it was wrong, until now.
     #[must_use]
     pub fn count(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.0.hits.load(Ordering::Relaxed)
     }
-}
 
-impl Mutant {
-    /// Every mutant.
-    pub const ALL: [Self; 3] = [Self::LostWrite, Self::MisdirectedWrite, Self::BitflipRead];
-
-    /// Its name, as given on the command line.
+    /// How often it could have been wrong, until now: the operations of its kind.
     #[must_use]
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::LostWrite => "lost-write",
-            Self::MisdirectedWrite => "misdirected-write",
-            Self::BitflipRead => "bitflip-read",
-        }
-    }
-
-    /// The real bug that it stands for.
-    #[must_use]
-    pub const fn doc(self) -> &'static str {
-        match self {
-            Self::LostWrite => "a write is acknowledged and never stored, as by a drive that drops its cache",
-            Self::MisdirectedWrite => {
-                "a write lands on the wrong blocks, as by a firmware that miscounts: two victims"
-            }
-            Self::BitflipRead => {
-                "a read returns one flipped bit and the next one does not, as by a bad cable or memory"
-            }
-        }
-    }
-}
-
-impl<B: Backend> MutantBackend<B> {
-    /// Plants `mutant` in `inner`, to err once in `every` operations of its kind. Which ones follows from `seed` and the
-    /// order of the operations.
-    pub fn new(inner: B, mutant: Mutant, every: u64, seed: Seed) -> Self {
-        let seed = seed.derive(mutant.name(), 0);
-        let every = every.max(1);
-        let phase = seed.rng().below(every);
-        let geometry = inner.geometry();
-        Self { inner, mutant, every, phase, seed, count: AtomicU64::new(0), hits: Hits::default(), geometry }
-    }
-
-    /// How often it has been wrong; can be read while it serves.
-    pub fn hits(&self) -> Hits {
-        self.hits.clone()
-    }
-
-    /// Whether the next operation that `mutant` errs in is to go wrong, and what to draw the error from.
-    fn errs(&self, mutant: Mutant) -> Option<SeededRng> {
-        if self.mutant != mutant {
-            return None;
-        }
-        let number = self.count.fetch_add(1, Ordering::Relaxed);
-        (number % self.every == self.phase).then(|| self.seed.derive("error", number).rng())
+    pub fn chances(&self) -> u64 {
+        self.0.chances.load(Ordering::Relaxed)
     }
 
     fn hit(&self) {
-        self.hits.0.fetch_add(1, Ordering::Relaxed);
+        self.0.hits.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Where a write of `len` bytes that belongs at `offset` lands, if there is another place for it.
-    fn elsewhere(&self, rng: &mut SeededRng, offset: u64, len: u64) -> Option<u64> {
-        let block = u64::from(self.geometry.logical_block);
-        let ahead = offset / block;
-        let behind = self.geometry.size.checked_sub(offset + len)? / block;
-        // Towards the front where there is room: then the blocks that were overwritten come before those that were missed.
-        if ahead > 0 {
-            Some(offset - rng.within(1..=ahead.min(BLOCKS_OFF)) * block)
-        } else if behind > 0 {
-            Some(offset + rng.within(1..=behind.min(BLOCKS_OFF)) * block)
-        } else {
-            None
+    /// The number of the next operation of its kind.
+    fn chance(&self) -> u64 {
+        self.0.chances.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Why storage is opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Open {
+    /// For the first time.
+    #[default]
+    First,
+    /// The power was cut.
+    AfterPowerCut,
+    /// The last server died.
+    AfterKill,
+    /// The last server was stopped in order.
+    Reopen,
+}
+
+/// What is told of an error that a mutant makes by itself: the operation, its sectors, and the errno.
+pub type Injected = Arc<dyn Fn(OpKind, SectorRange, i32) + Send + Sync>;
+
+/// What a mutant may touch. One plot goes with one device, however often its server is started anew.
+#[derive(Clone)]
+pub struct Plot {
+    /// What the mutant draws from.
+    pub seed: Seed,
+    /// Counts it.
+    pub hits: Hits,
+    /// The disk below, where there is one.
+    pub medium: Option<Medium>,
+    /// Why the server is started.
+    pub why: Open,
+    /// The size of a logical block, in bytes: what a server may cut a request at.
+    pub logical_block: u32,
+    /// Another device, or another run, whose bytes can turn up on this one.
+    pub foreign: Option<Arc<Pattern>>,
+    /// Is told of each error that a mutant makes by itself and admits to, so that whoever accounts for errors can expect
+    /// it.
+    pub injected: Option<Injected>,
+    /// Set by whoever stops the server in order, before it waits for what the server has in hand.
+    pub stopping: Arc<AtomicBool>,
+    past: Arc<Mutex<Past>>,
+}
+
+/// What outlives a server: what a mutant finds when it is started again.
+#[derive(Debug, Default)]
+struct Past {
+    /// The disk as it was at some time.
+    disk: Option<Medium>,
+    /// Writes that were done, the oldest first.
+    writes: std::collections::VecDeque<(u64, Vec<u8>)>,
+}
+
+impl Plot {
+    /// A plot with nothing but a seed.
+    #[must_use]
+    pub fn new(seed: Seed) -> Self {
+        Self {
+            seed,
+            hits: Hits::default(),
+            medium: None,
+            why: Open::First,
+            logical_block: 4096,
+            foreign: None,
+            injected: None,
+            stopping: Arc::default(),
+            past: Arc::default(),
+        }
+    }
+
+    /// The same plot for a server that is started again.
+    #[must_use]
+    pub fn again(&self, why: Open, medium: Option<Medium>) -> Self {
+        self.stopping.store(false, Ordering::Relaxed);
+        Self { medium, why, ..self.clone() }
+    }
+
+    fn admit(&self, kind: OpKind, offset: u64, len: u64, errno: i32) {
+        if let Some(injected) = &self.injected {
+            let sector = crate::sector::SECTOR as u64;
+            injected(kind, SectorRange::new(offset / sector, len / sector), errno);
         }
     }
 }
 
-impl<B: Backend> Backend for MutantBackend<B> {
-    fn geometry(&self) -> Geometry {
-        self.geometry
-    }
-
-    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.inner.read_at(buf, offset)?;
-        if let Some(mut rng) = self.errs(Mutant::BitflipRead) {
-            let bit = rng.below(buf.len() as u64 * 8);
-            if let Some(byte) = buf.get_mut(bit as usize / 8) {
-                *byte ^= 1 << (bit % 8);
-                self.hit();
-            }
-        }
-        Ok(())
-    }
-
-    fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        if self.errs(Mutant::LostWrite).is_some() {
-            self.hit();
-            return Ok(());
-        }
-        if let Some(mut rng) = self.errs(Mutant::MisdirectedWrite)
-            && let Some(elsewhere) = self.elsewhere(&mut rng, offset, buf.len() as u64)
-        {
-            self.hit();
-            return self.inner.write_at(buf, elsewhere, flags);
-        }
-        self.inner.write_at(buf, offset, flags)
-    }
-
-    fn flush(&self) -> io::Result<()> {
-        self.inner.flush()
-    }
-
-    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.inner.discard(offset, len)
-    }
-
-    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.inner.write_zeroes(offset, len, flags)
-    }
-}
-
-impl fmt::Display for Mutant {
+impl fmt::Debug for Plot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(self.name())
+        f.debug_struct("Plot")
+            .field("seed", &self.seed)
+            .field("hits", &self.hits)
+            .field("why", &self.why)
+            .finish_non_exhaustive()
     }
 }
 
-/// A name that is no mutant's.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnknownMutant(String);
-
-impl fmt::Display for UnknownMutant {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = Mutant::ALL.map(Mutant::name).join(", ");
-        write!(f, "no mutant is called {:?}; there are {names}", self.0)
-    }
+/// Puts the bug between a server and its storage. `inner` itself comes back where the bug is elsewhere.
+#[must_use]
+pub fn plant_backend(planted: Planted, inner: Arc<dyn Backend>, plot: &Plot) -> Arc<dyn Backend> {
+    let turn = Turn::new(planted, plot);
+    let planted = writes::plant(planted.mutant, inner, &turn);
+    let planted = planted.or_else(|inner| rewrites::plant(turn.mutant(), inner, &turn));
+    let planted = planted.or_else(|inner| reads::plant(turn.mutant(), inner, &turn));
+    let planted = planted.or_else(|inner| cache::plant(turn.mutant(), inner, &turn));
+    let planted = planted.or_else(|inner| discard::plant(turn.mutant(), inner, &turn));
+    let planted = planted.or_else(|inner| errors::plant(turn.mutant(), inner, &turn));
+    let planted = planted.or_else(|inner| lifecycle::plant(turn.mutant(), inner, &turn));
+    let planted = planted.or_else(|inner| controls::plant(turn.mutant(), inner, &turn));
+    planted.unwrap_or_else(|inner| inner)
 }
 
-impl std::error::Error for UnknownMutant {}
-
-impl FromStr for Mutant {
-    type Err = UnknownMutant;
-
-    fn from_str(text: &str) -> Result<Self, UnknownMutant> {
-        Self::ALL.into_iter().find(|mutant| mutant.name() == text).ok_or_else(|| UnknownMutant(text.to_owned()))
-    }
+/// Puts the bug between the driver and a server. `inner` itself comes back where the bug is elsewhere.
+#[must_use]
+pub fn plant_server(planted: Planted, inner: Box<dyn Server>, plot: &Plot) -> Box<dyn Server> {
+    let turn = Turn::new(planted, plot);
+    let planted = server::plant(planted.mutant, inner, &turn);
+    planted.or_else(|inner| pieces::plant(turn.mutant(), inner, &turn)).unwrap_or_else(|inner| inner)
 }
-
-#[cfg(test)]
-pub(crate) mod tests;

@@ -191,6 +191,34 @@ impl Pattern {
         differences == 0
     }
 
+    /// Whether `sectors`, of which the first is `first_lba`, are what those sectors hold in the generations that
+    /// `generation_of` says.
+    ///
+    /// Looks at four places in turns: memory answers several streams of loads faster than one, by about a third.
+    #[inline]
+    #[must_use]
+    pub fn sectors_match(
+        &self,
+        sectors: &[[u8; SECTOR]],
+        first_lba: u64,
+        generation_of: impl Fn(u64) -> Generation,
+    ) -> bool {
+        let matches = |lba: u64, sector| self.sector_matches(sector, lba, generation_of(lba));
+        let apart = sectors.len() / 4;
+        let (first, others) = sectors.split_at(apart);
+        let (second, others) = others.split_at(apart);
+        let (third, others) = others.split_at(apart);
+        let (fourth, rest) = others.split_at(apart);
+        let step = apart as u64;
+        let fours = first.iter().zip(second).zip(third.iter().zip(fourth));
+        (first_lba..).zip(fours).all(|(lba, ((first, second), (third, fourth)))| {
+            matches(lba, first)
+                & matches(lba + step, second)
+                & matches(lba + 2 * step, third)
+                & matches(lba + 3 * step, fourth)
+        }) && (first_lba + 4 * step..).zip(rest).all(|(lba, sector)| matches(lba, sector))
+    }
+
     /// Where `word` belongs if it was written at `table_position`, which is `(lba % 8) * 64 + i`.
     ///
     /// `None` when no sector below `device_sectors` has such a word there. By chance that lets through one random word
@@ -313,6 +341,21 @@ mod tests {
             assert!(pattern.sector_matches(sector, 1000 + i as u64, 1 + i as u32));
         }
         assert_eq!(buf[SECTOR * 20..], [0xff; 3]);
+    }
+
+    #[test]
+    fn one_wrong_sector_among_any_number_is_seen() {
+        let pattern = Pattern::new(5, 1);
+        for length in 0..=19 {
+            let mut sectors = vec![[0; SECTOR]; length];
+            pattern.fill(sectors.as_flattened_mut(), 1000, |lba| (lba - 999) as u32);
+            assert!(pattern.sectors_match(&sectors, 1000, |lba| (lba - 999) as u32));
+            for wrong in 0..length {
+                sectors[wrong][9] ^= 1;
+                assert!(!pattern.sectors_match(&sectors, 1000, |lba| (lba - 999) as u32), "{wrong} of {length}");
+                sectors[wrong][9] ^= 1;
+            }
+        }
     }
 
     #[test]

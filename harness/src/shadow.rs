@@ -391,6 +391,14 @@ impl Shadow {
     fn right_run(&self, first: u64, sectors: &[[u8; SECTOR]], states: &[u32], unknown: &mut u64) -> usize {
         let pattern = &*self.options.pattern;
         let zero = self.options.initially_zero;
+        // Most runs are right and written throughout. A sector that was not written is never of generation 0 either.
+        let generation_of = |sector: u64| {
+            let state = State::from_bits(states[(sector - first) as usize]);
+            if state.kind() == Kind::Written { state.newest() } else { 0 }
+        };
+        if pattern.sectors_match(sectors, first, generation_of) {
+            return sectors.len();
+        }
         let wrong = (first..).zip(sectors).zip(states).position(|((sector, got), bits)| {
             let state = State::from_bits(*bits);
             match state.kind() {

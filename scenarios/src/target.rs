@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use ublkit::{Backend, Geometry, backends};
 use ublkit_harness::Evidence;
-use ublkit_harness::mutant::Planted;
+use ublkit_harness::mutant::{Layer, OnDevice, Planted};
 use ublkit_harness::observe::Counts;
 
 use crate::context::Context;
@@ -83,8 +83,8 @@ pub struct TargetArgs {
     /// What the device can do beside reading and writing, or `none`
     #[arg(long, value_name = "LIST", default_value = "flush,fua,discard,zeroes", value_parser = parse_capabilities)]
     pub capabilities: Capabilities,
-    /// Plant a bug in the backend: lost-write, misdirected-write or bitflip-read; NAME:N for one in N requests
-    #[arg(long, value_name = "NAME[:N]", value_parser = str::parse::<Planted>)]
+    /// Plant a bug in the backend, such as lost-write or bitflip-read; NAME:N for one in N requests
+    #[arg(long, value_name = "NAME[:N]", value_parser = parse_planted)]
     pub mutant: Option<Planted>,
 }
 
@@ -110,6 +110,17 @@ fn parse_capabilities(text: &str) -> Result<Capabilities, String> {
         })
         .collect::<Result<_, _>>()
         .map(Capabilities)
+}
+
+fn parse_planted(text: &str) -> Result<Planted, String> {
+    let planted: Planted = text.parse()?;
+    let spec = planted.mutant.spec();
+    let why = match spec.device {
+        OnDevice::No(why) => why,
+        OnDevice::Yes if spec.layer == Layer::Lifecycle || spec.is_in_server() => "it is not one of a backend",
+        OnDevice::Yes => return Ok(planted),
+    };
+    Err(format!("{} cannot be planted in the backend of a device: {why}", spec.name))
 }
 
 impl TargetArgs {

@@ -2,9 +2,7 @@
 
 use super::Alike;
 use crate::classify::{Class, Classifier, Content, Expected, Source};
-use crate::sector::{
-    GENERATION_MAX, Generation, LBA_LIMIT, Origin, Pattern, SECTOR, TABLE_SECTORS, WORDS, previous_generation,
-};
+use crate::sector::{GENERATION_MAX, Generation, LBA_LIMIT, Origin, Pattern, SECTOR, WORDS, previous_generation};
 use crate::seed::SeededRng;
 
 type Sector = [u8; SECTOR];
@@ -108,20 +106,14 @@ impl World {
 
     fn lost(&self, rng: &mut SeededRng) -> Instance {
         let previous = Content::Written(self.before(1));
-        let (replaced, found) = [
-            (Some(previous), previous),
-            (Some(Content::Zero), Content::Zero),
-            (None, previous),
-            (None, Content::Zero),
-        ][below(rng, 4)];
+        let mut found = if rng.chance(1, 2) { previous } else { Content::Zero };
+        let replaced = (!rng.chance(1, 5)).then_some(found);
         let mut expected = self.only(Content::Written(self.newest), replaced);
-        let class = match (replaced, found) {
+        let mut class = match (replaced, found) {
             (Some(found), _) => Class::Lost { found },
             (None, Content::Written(generation)) => Class::Stale { generation },
             (None, _) => Class::Zero,
         };
-        let mut found = found;
-        let mut class = class;
         // A zeroing can be lost as well as a write.
         if replaced == Some(previous) && rng.chance(1, 2) {
             found = Content::Written(self.newest);
@@ -185,7 +177,7 @@ impl World {
             Part::Here(_) => None,
             _ if vouched => None,
             _ if to - from == 1 => Some(Alike::OneWord),
-            Part::Foreign(..) if to <= cheap => Some(Alike::OneWordRepeated),
+            _ if to <= cheap => Some(Alike::OneWordRepeated),
             _ => None,
         };
         let mut unreadable = 0;
@@ -201,7 +193,12 @@ impl World {
                 .iter()
                 .filter(|(part, ..)| matches!(part, Part::Here(content) if expected.allowed.contains(content)));
             let good_words = right.map(|(_, from, to)| (to - from) as u32).sum();
-            Class::Partial { good_words, readable_words: (WORDS - unreadable) as u32 }
+            let named = sizes.iter().any(|(part, from, to)| part.is_named() && doubtful(*part, *from, *to).is_none());
+            if good_words > 0 || named {
+                Class::Partial { good_words, readable_words: (WORDS - unreadable) as u32 }
+            } else {
+                Class::Garbage
+            }
         } else {
             Class::Torn { at_word: at as u32, before: before.source(), after: after.source() }
         };
@@ -306,17 +303,14 @@ impl World {
                     expected.allowed.iter().copied().filter(|content| *content != Content::Zero).collect();
                 let content = rng.pick(&written).copied().unwrap_or(Content::Written(self.newest));
                 got = self.content(content);
-                let count = rng.within(8..=60);
-                let bits = std::iter::repeat_with(|| flip(&mut got, count, rng));
                 words.fill(Some(content));
-                for bit in bits.take(1).flatten() {
-                    words[bit as usize / 64] = None;
-                }
-                let right = self.content(content);
-                let differing: u32 = got.iter().zip(&right).map(|(got, right)| (got ^ right).count_ones()).sum();
-                if differing < 8 {
-                    rng.fill(&mut got[..8]);
-                    words[0] = None;
+                // The same bit in two words would make both of them words of one other sector, if the device has it.
+                let mut bits: [u64; 64] = std::array::from_fn(|bit| bit as u64);
+                for i in 0..rng.within(8..=60) {
+                    bits.swap(i as usize, rng.within(i..=63) as usize);
+                    let word = below(rng, WORDS);
+                    got[word * 8 + bits[i as usize] as usize / 8] ^= 1 << (bits[i as usize] % 8);
+                    words[word] = None;
                 }
                 return Self::partial_of(got, expected, &words);
             }
@@ -346,11 +340,6 @@ impl World {
                     [0x5a5a_5a5a_5a5a_5a5a, 0xdead_beef_dead_beef, u64::MAX, 0x6b6b_6b6b_6b6b_6ba5, rng.next_u64()];
                 let value = values[below(rng, 5)];
                 got.as_chunks_mut().0.fill(value.to_le_bytes());
-                let named = |row| self.pattern.decode_word(value, row * WORDS, self.device_sectors).is_some();
-                if self.pattern.cheap_words() > 1 && (0..TABLE_SECTORS).any(named) {
-                    let class = Class::Partial { good_words: 0, readable_words: WORDS as u32 };
-                    return Instance { got, expected, class, alike: Some(Alike::ValueOfTheDevice) };
-                }
             }
             1 => got.iter_mut().for_each(|byte| *byte = b' ' + *byte % 95),
             2 if !expected.allowed.contains(&Content::Zero) => {
@@ -474,6 +463,10 @@ impl Part {
             Self::Elsewhere(origin) => Source::Elsewhere(origin),
             Self::Foreign(_, origin) => Source::Foreign(origin),
         }
+    }
+
+    fn is_named(self) -> bool {
+        self.source() != Source::Zero
     }
 
     /// Which pattern's, and which sector.

@@ -56,12 +56,12 @@ impl Lump {
             (self.first, self.count) = (first, count);
             return;
         }
-        let from_here = self.count.max(distance(self.first, first) + count);
-        let from_there = count.max(distance(first, self.first) + self.count);
-        if from_there < from_here {
+        let onwards = self.count.max(distance(self.first, first) + count);
+        let around = count.max(distance(first, self.first) + self.count);
+        if around < onwards {
             self.first = first;
         }
-        self.count = from_here.min(from_there).min(GENERATION_MAX);
+        self.count = onwards.min(around).min(GENERATION_MAX);
     }
 
     /// Whether `content` may be in it. [`Content::Unknown`] allows every content.

@@ -123,10 +123,10 @@ impl Slot {
     fn prune(&mut self) {
         let floor = self.floor;
         self.versions.retain(|version| version.ended >= floor);
-        if let Some(lumps) = &mut self.lumps {
-            if lumps.ended.ended() < floor {
-                lumps.ended = Lump::default();
-            }
+        if let Some(lumps) = &mut self.lumps
+            && lumps.ended.ended() < floor
+        {
+            lumps.ended = Lump::default();
         }
         self.drop_empty_lumps();
     }

@@ -44,8 +44,9 @@ impl Ledger {
     pub(super) fn mismatch(&self, block: u64, bytes: &[u8], began: Stamp) -> Box<Mismatch> {
         let expected = self.expected_of(block, began);
         let first = self.first_sector(block);
-        let (sector, class) = self.classifier().classify_block(bytes, first, &expected);
-        let at = (sector - first) as usize * SECTOR;
+        let (within, class) = self.classifier().classify_block(bytes, first, &expected);
+        let sector = first + within;
+        let at = within as usize * SECTOR;
         Box::new(Mismatch {
             oracle: self.who_says(block, &class, &expected),
             worker: 0,

@@ -16,6 +16,9 @@ pub(super) const WORLDS_MAX: usize = 256;
 /// With more worlds than this, a read that unknown content explains is not held against that content any more.
 const WORLDS_MANY: usize = 64;
 
+/// How much scratch is kept from one read to the next.
+const SPARE_MAX: usize = 256;
+
 /// Not yet, or never.
 pub(super) const OPEN: Stamp = Stamp::MAX;
 
@@ -201,38 +204,35 @@ fn observe(world: &mut [Zone], at: usize, began: Stamp, now: Stamp) {
 /// Whether it makes no difference, now or later, that a read that began at `began` saw value `at`.
 fn is_moot(world: &[Zone], at: usize, began: Stamp) -> bool {
     let zone = world[at];
-    // The later begin would matter to values that ended before it and may yet be found to come after this one.
-    let between = |other: &Zone| (zone.began..began).contains(&other.ended) && other.until > zone.ended;
+    // It matters to values that ended before the read began, unless they are known already to come before this one.
+    let before = |other: &Zone| other.ended < began && other.until > zone.ended;
     zone.real
         && zone.ended != OPEN
-        && (zone.began >= began || !world.iter().enumerate().any(|(index, other)| index != at && between(other)))
+        && (zone.began >= began || !world.iter().enumerate().any(|(index, other)| index != at && before(other)))
 }
 
-/// Drops each world that permits nothing another one does not, and each that is there twice.
-fn drop_worse(worlds: &mut Vec<Zone>, values: usize, horizon: Stamp) {
-    let count = worlds.len() / values;
-    let mut kept = 0;
-    for next in 0..count {
-        let covers = |worlds: &[Zone], one: usize, other: usize| {
-            let pairs = worlds[one * values..][..values].iter().zip(&worlds[other * values..][..values]);
-            pairs.into_iter().all(|(one, other)| one.permits_all_of(other, horizon))
-        };
-        if (0..kept).any(|old| covers(worlds, old, next)) {
-            continue;
-        }
-        let mut old = 0;
-        while old < kept {
-            if covers(worlds, next, old) {
-                kept -= 1;
-                worlds.copy_within(kept * values..(kept + 1) * values, old * values);
-            } else {
-                old += 1;
-            }
-        }
-        worlds.copy_within(next * values..(next + 1) * values, kept * values);
-        kept += 1;
+/// Drops the last of `worlds` if it permits nothing that another does not, and otherwise those it makes superfluous.
+fn admit_last(worlds: &mut Vec<Zone>, values: usize, horizon: Stamp) {
+    let mut last = worlds.len() - values;
+    let covers =
+        |one: &[Zone], other: &[Zone]| one.iter().zip(other).all(|(one, other)| one.permits_all_of(other, horizon));
+    let (old, new) = worlds.split_at_mut(last);
+    if old.chunks_exact(values).any(|old| covers(old, new)) {
+        worlds.truncate(last);
+        return;
     }
-    worlds.truncate(kept * values);
+    let mut at = 0;
+    while at < last {
+        let (old, new) = worlds.split_at(last);
+        if covers(&new[..values], &old[at..at + values]) {
+            worlds.copy_within(last - values..last, at);
+            worlds.copy_within(last..last + values, last - values);
+            last -= values;
+            worlds.truncate(last + values);
+        } else {
+            at += values;
+        }
+    }
 }
 
 impl Block {
@@ -424,7 +424,6 @@ impl Block {
         let exact = self.is_exact(seen);
         spare.clear();
         for world in self.zones.chunks_exact(values) {
-            let start = spare.len();
             for at in 0..values {
                 if !self.may_be(at, seen, exact) || !world[at].explains(began) {
                     continue;
@@ -433,26 +432,25 @@ impl Block {
                 let free = matter == Matter::Blur || many && matter == Matter::Any || is_moot(world, at, began);
                 if free {
                     // What permits everything that the others do makes them superfluous.
-                    spare.truncate(start);
                     spare.extend_from_slice(world);
+                    admit_last(spare, values, horizon);
                     break;
                 }
                 let branch = spare.len();
                 spare.extend_from_slice(world);
                 observe(&mut spare[branch..], at, began, now);
+                admit_last(spare, values, horizon);
+            }
+            if spare.len() > WORLDS_MAX * values {
+                return Err(Wrong::TooMany);
             }
         }
         if spare.is_empty() {
             return Err(Wrong::Unexplained);
         }
-        if spare.len() > values {
-            drop_worse(spare, values, horizon);
-        }
-        if spare.len() > WORLDS_MAX * values {
-            return Err(Wrong::TooMany);
-        }
         self.zones.clear();
         self.zones.extend_from_slice(spare);
+        spare.shrink_to(SPARE_MAX);
         Ok(())
     }
 
@@ -544,7 +542,11 @@ impl Block {
                 }
             }
         }
-        drop_worse(&mut self.zones, values, horizon);
+        let worlds = std::mem::take(&mut self.zones);
+        for world in worlds.chunks_exact(values) {
+            self.zones.extend_from_slice(world);
+            admit_last(&mut self.zones, values, horizon);
+        }
         let dead: Vec<bool> =
             (0..values).map(|at| self.zones.chunks_exact(values).all(|world| world[at].until < horizon)).collect();
         self.remove(|at| dead[at]);

@@ -4,9 +4,9 @@ use std::io::{self, BufRead, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use ublkit::{Backend, Closed, DataMode, Deletion, Device};
-use ublkit_harness::mutant::Hits;
+use ublkit_harness::mutant::{self, Hits, Plot};
 use ublkit_harness::observe::Counters;
-use ublkit_harness::{MutantBackend, Observed, Seed};
+use ublkit_harness::{Observed, Seed};
 
 use super::freezer::Freezer;
 use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
@@ -121,10 +121,9 @@ impl Server {
                 (Arc::new(observed), counters, None)
             }
             Some(planted) => {
-                let mutant = MutantBackend::new(below, planted.mutant, planted.every, seed);
-                let hits = mutant.hits();
-                let (observed, counters) = Observed::new(mutant);
-                (Arc::new(observed), counters, Some(hits))
+                let plot = Plot { logical_block: args.logical_block, ..Plot::new(seed) };
+                let (observed, counters) = Observed::new(mutant::plant_backend(planted, below, &plot));
+                (Arc::new(observed), counters, Some(plot.hits))
             }
         };
         let device = Device::builder(backend)

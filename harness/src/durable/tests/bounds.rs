@@ -33,7 +33,9 @@ fn a_few_hundred_versions_are_listed_one_by_one() {
     let first = GENERATION_MAX - 100;
     let mut generations = vec![first];
     (0..300).for_each(|at| generations.push(next_generation(generations[at])));
-    generations.iter().for_each(|generation| device.change(W(*generation), Done));
+    for generation in &generations {
+        device.change(W(*generation), Done);
+    }
     let mut left = device.cut();
     assert_eq!(left.len(), 302);
     left.retain(|content| *content != Zero && !generations.iter().any(|generation| W(*generation) == *content));

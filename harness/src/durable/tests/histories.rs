@@ -72,7 +72,7 @@ impl<'a> History<'a> {
     }
 
     fn run(&mut self) {
-        for _ in 0..self.rng.within(8..=32) {
+        for _ in 0..self.rng.within(6..=24) {
             match self.rng.below(16) {
                 0..=4 => self.begin(),
                 5..=9 => self.end(),
@@ -210,7 +210,9 @@ impl<'a> History<'a> {
         // What is in flight is either given up before the cut, or ends when nobody asks any more.
         let lost = std::mem::take(&mut self.in_flight);
         let (before, after): (Vec<_>, Vec<_>) = lost.into_iter().partition(|_| self.rng.chance(1, 2));
-        before.iter().for_each(|change| self.end_with(change, Outcome::Unknown));
+        for change in &before {
+            self.end_with(change, Outcome::Unknown);
+        }
         let now = self.tick();
         let mut left = BTreeMap::new();
         self.durable.power_cut(now, |block, contents| {
@@ -267,7 +269,7 @@ impl<'a> History<'a> {
 
 #[test]
 fn survivors_are_those_of_the_enumerated_device() {
-    const HISTORIES: u64 = 110_000;
+    const HISTORIES: u64 = 108_000;
     let mut tally = Tally::new();
     let mut exact = 0;
     for seed in 0..HISTORIES {
@@ -302,6 +304,6 @@ fn survivors_are_those_of_the_enumerated_device() {
         "three survivors or more",
     ];
     for what in often {
-        assert!(tally.get(what).is_some_and(|times| *times >= 4_000), "{what}: {:?}", tally.get(what));
+        assert!(tally.get(what).is_some_and(|times| *times >= 2_000), "{what}: {:?}", tally.get(what));
     }
 }

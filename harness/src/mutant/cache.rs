@@ -1,0 +1,271 @@
+//! Caches that promise to be durable and are not.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use ublkit::{Backend, WriteFlags, ZeroFlags};
+
+use super::Mutant;
+use super::twist::{Blocks, Disk, Turn, Twist, lock, place, twisted};
+
+/// How many blocks are kept back at most.
+const KEPT: usize = 64;
+
+/// How many calls after its acknowledgement a flush is done.
+const EARLY: u64 = 40;
+
+/// How many blocks are remembered as written since the last flush.
+const REMEMBERED: usize = 1 << 16;
+
+pub(super) fn plant(
+    mutant: Mutant,
+    inner: Arc<dyn Backend>,
+    turn: &Turn,
+) -> Result<Arc<dyn Backend>, Arc<dyn Backend>> {
+    let turn = turn.clone();
+    Ok(match mutant {
+        Mutant::TornBelowAtomic => twisted(inner, TornBelowAtomic(turn)),
+        Mutant::FlushNoop => twisted(inner, FlushNoop(turn)),
+        Mutant::FirstFlushSkipped => twisted(inner, FirstFlushSkipped { turn, clean: AtomicBool::new(true) }),
+        Mutant::FlushRange => twisted(inner, FlushRange { turn, last: Mutex::default() }),
+        Mutant::FlushEarly => twisted(inner, FlushEarly { turn, due_in: AtomicU64::new(0) }),
+        Mutant::FuaIgnored => twisted(inner, FuaIgnored(turn)),
+        Mutant::MetadataNotFlushed
+        | Mutant::ReorderAcrossFlush
+        | Mutant::SameLbaLogRace
+        | Mutant::DiscardResurrects => twisted(inner, KeptBack { turn, state: Mutex::default() }),
+        _ => return Err(inner),
+    })
+}
+
+/// Nothing but the unit that the medium keeps whole: see [`medium_options`](super::medium_options).
+struct TornBelowAtomic(Turn);
+
+impl Twist for TornBelowAtomic {
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        let atomic = self.0.plot().medium.as_ref().map(|medium| u64::from(medium.options().atomic_bytes));
+        if !flags.fua && atomic.is_some_and(|atomic| atomic < disk.block()) {
+            self.0.hit();
+        }
+        disk.write_at(buf, offset, flags)
+    }
+}
+
+/// A flush that does nothing.
+struct FlushNoop(Turn);
+
+impl Twist for FlushNoop {
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        if self.0.comes().is_some() {
+            self.0.hit();
+            return Ok(());
+        }
+        disk.flush()
+    }
+}
+
+/// The first flush of a server does nothing.
+struct FirstFlushSkipped {
+    turn: Turn,
+    clean: AtomicBool,
+}
+
+impl Twist for FirstFlushSkipped {
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        if self.clean.swap(false, Ordering::Relaxed) && self.turn.comes().is_some() {
+            self.turn.hit();
+            return Ok(());
+        }
+        disk.flush()
+    }
+}
+
+/// A flush persists what the last write wrote, for want of a range of its own.
+struct FlushRange {
+    turn: Turn,
+    last: Mutex<(u64, u64)>,
+}
+
+impl Twist for FlushRange {
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        *lock(&self.last) = (offset, buf.len() as u64);
+        disk.write_at(buf, offset, flags)
+    }
+
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        if let Some(medium) = &self.turn.plot().medium
+            && self.turn.comes().is_some()
+        {
+            self.turn.hit();
+            let (offset, len) = *lock(&self.last);
+            return medium.flush_range(offset, len);
+        }
+        disk.flush()
+    }
+}
+
+/// A flush is done some calls after it was acknowledged.
+struct FlushEarly {
+    turn: Turn,
+    /// How many calls are left until it is done; 0 when none is owed.
+    due_in: AtomicU64,
+}
+
+impl FlushEarly {
+    fn settle(&self, disk: &Disk) -> io::Result<()> {
+        let due = self.due_in.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |calls| calls.checked_sub(1));
+        if due == Ok(1) { disk.flush() } else { Ok(()) }
+    }
+}
+
+impl Twist for FlushEarly {
+    fn read(&self, disk: &Disk, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.settle(disk)?;
+        disk.read_at(buf, offset)
+    }
+
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        self.settle(disk)?;
+        disk.write_at(buf, offset, flags)
+    }
+
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        if self.turn.comes().is_some() {
+            self.turn.hit();
+            // One that is owed already is owed no later: flushes never stop, so it would never be done.
+            let owed = |calls| if calls == 0 { Some(EARLY) } else { None };
+            let _owed_already = self.due_in.fetch_update(Ordering::Relaxed, Ordering::Relaxed, owed);
+            return Ok(());
+        }
+        disk.flush()
+    }
+}
+
+/// A write that is to be durable is done like any other.
+struct FuaIgnored(Turn);
+
+impl FuaIgnored {
+    fn ignored(&self, fua: bool) -> bool {
+        let ignored = fua && self.0.comes().is_some();
+        if ignored {
+            self.0.hit();
+        }
+        ignored
+    }
+}
+
+impl Twist for FuaIgnored {
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, mut flags: WriteFlags) -> io::Result<()> {
+        flags.fua &= !self.ignored(flags.fua);
+        disk.write_at(buf, offset, flags)
+    }
+
+    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, mut flags: ZeroFlags) -> io::Result<()> {
+        flags.fua &= !self.ignored(flags.fua);
+        disk.write_zeroes(offset, len, flags)
+    }
+}
+
+/// Blocks that reads find and the storage does not have, flush or not, until there are too many of them. Which, is what
+/// the mutants that share this differ in: new blocks, any write, a block's second write since a flush, or discards.
+struct KeptBack {
+    turn: Turn,
+    state: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    blocks: Blocks,
+    /// What was written since the last flush.
+    written: BTreeSet<u64>,
+}
+
+impl KeptBack {
+    fn keeps(&self, disk: &Disk, kept: &Kept, block: u64, fua: bool) -> io::Result<bool> {
+        Ok(match self.turn.mutant() {
+            // In the map: what is kept already, and what holds anything.
+            Mutant::MetadataNotFlushed => {
+                kept.blocks.get(block).is_some()
+                    || disk.load(block * disk.block(), disk.block())?.iter().all(|byte| *byte == 0)
+            }
+            Mutant::SameLbaLogRace => !fua && kept.written.contains(&block),
+            Mutant::ReorderAcrossFlush => !fua,
+            _ => false,
+        })
+    }
+
+    fn keep(disk: &Disk, kept: &mut Kept, block: u64, data: &[u8]) -> io::Result<()> {
+        kept.blocks.put(block, data);
+        match kept.blocks.overflow(KEPT) {
+            Some((block, data)) => disk.write_at(&data, block * disk.block(), WriteFlags::NONE),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Twist for KeptBack {
+    fn read(&self, disk: &Disk, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let kept = lock(&self.state);
+        disk.read_at(buf, offset)?;
+        for block in disk.blocks(offset, buf.len() as u64) {
+            if let Some(data) = kept.blocks.get(block) {
+                buf[place(block, disk.block(), offset)].copy_from_slice(data);
+            }
+        }
+        Ok(())
+    }
+
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        let kept = &mut *lock(&self.state);
+        let blocks = disk.blocks(offset, buf.len() as u64);
+        let mut keeps = blocks.end - blocks.start <= KEPT as u64 / 4;
+        for block in blocks.clone() {
+            keeps = keeps && self.keeps(disk, kept, block, flags.fua)?;
+        }
+        let keeps = keeps && self.turn.comes().is_some();
+        if kept.written.len() < REMEMBERED {
+            kept.written.extend(blocks.clone());
+        }
+        for block in blocks {
+            kept.blocks.remove(block);
+            if keeps {
+                Self::keep(disk, kept, block, &buf[place(block, disk.block(), offset)])?;
+            }
+        }
+        if keeps { Ok(()) } else { disk.write_at(buf, offset, flags) }
+    }
+
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        let mut kept = lock(&self.state);
+        kept.written.clear();
+        if !kept.blocks.is_empty() {
+            self.turn.hit();
+        }
+        disk.flush()
+    }
+
+    fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
+        let kept = &mut *lock(&self.state);
+        let blocks = disk.blocks(offset, len);
+        let keeps = self.turn.mutant() == Mutant::DiscardResurrects
+            && blocks.end - blocks.start <= KEPT as u64
+            && self.turn.comes().is_some();
+        for block in blocks {
+            kept.blocks.remove(block);
+            if keeps {
+                Self::keep(disk, kept, block, &vec![0; disk.block() as usize])?;
+            }
+        }
+        if keeps { Ok(()) } else { disk.discard(offset, len) }
+    }
+
+    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        let kept = &mut *lock(&self.state);
+        for block in disk.blocks(offset, len) {
+            kept.blocks.remove(block);
+        }
+        disk.write_zeroes(offset, len, flags)
+    }
+}

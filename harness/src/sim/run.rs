@@ -329,7 +329,7 @@ impl<'a> Run<'a> {
 
     fn deliver(&mut self, slot: u32) -> Result<(), Stop> {
         let bio = self.driver.bio(slot);
-        let ended = Ended { op: bio.id, kind: bio.kind, range: bio.range, errno: bio.errno, excused: bio.excused };
+        let ended = Ended::of(bio);
         let worker = bio.id.worker as usize;
         let now = self.driver.now;
         self.trace.note(What::End, [u64::from(bio.id.worker), bio.id.index, bio.errno as u64], || {

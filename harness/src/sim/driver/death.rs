@@ -1,6 +1,6 @@
 //! What becomes of requests when a server dies, or the machine.
 
-use super::{Driver, EIO, EREMOTEIO, Operation, Stage, State, Until};
+use super::{Bio, Driver, EIO, EREMOTEIO, Operation, Stage, State, Until};
 use crate::script::Recovery;
 use crate::sim::trace::{Trace, What};
 
@@ -74,7 +74,7 @@ impl Driver {
 
     /// The machine is gone with everything in it. Hands every operation that was in flight to `lost`; their slots are
     /// free.
-    pub(crate) fn vanish(&mut self, mut lost: impl FnMut(u32)) {
+    pub(crate) fn vanish(&mut self, mut lost: impl FnMut(u32, &Bio)) {
         self.server = None;
         self.back_at = self.now;
         self.starved_at = None;
@@ -97,7 +97,7 @@ impl Driver {
             if bio.stage != Stage::Free {
                 bio.stage = Stage::Free;
                 self.free_bios.push(slot);
-                lost(slot);
+                lost(slot, bio);
             }
         }
     }

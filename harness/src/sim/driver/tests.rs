@@ -1,9 +1,12 @@
 //! The driver with servers that are odd, wrong, or dead.
 
+use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 
 use crate::event::Event;
-use crate::mutant::{Mutant, MutantBackend};
 use crate::oracle::{Oracle, Oracles};
 use crate::plan::OpKind;
 use crate::range::SectorRange;
@@ -13,6 +16,38 @@ use crate::sim::run::tests::{Drawn, run_drawn};
 use crate::sim::server::{Buffers, Commit, Server, TagId, Work};
 use crate::sim::subject::{MediumSubject, Open, Subject, geometry_of};
 use crate::sim::{Medium, Ran, RunOptions, run};
+
+/// A backend that loses one in so many writes, and flushes or does not.
+struct Wrong {
+    inner: Arc<dyn Backend>,
+    loses: u64,
+    flushes: bool,
+    writes: AtomicU64,
+}
+
+impl Backend for Wrong {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buf, offset)
+    }
+    fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        if (self.writes.fetch_add(1, Ordering::Relaxed) + 1).is_multiple_of(self.loses) {
+            return Ok(());
+        }
+        self.inner.write_at(buf, offset, if self.flushes { flags } else { WriteFlags::NONE })
+    }
+    fn flush(&self) -> io::Result<()> {
+        if self.flushes { self.inner.flush() } else { Ok(()) }
+    }
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.discard(offset, len)
+    }
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.inner.write_zeroes(offset, len, flags)
+    }
+}
 
 /// A server with changes to what it is handed and what it commits.
 #[derive(Debug)]
@@ -122,7 +157,11 @@ fn plain() -> Setup {
 }
 
 fn run_plain(setup: &Setup, subject: &mut dyn Subject, actions: Vec<Action>) -> Ran {
-    let options = RunOptions { record: true, patience: 2000, ..RunOptions::default() };
+    run_without(setup, subject, actions, Oracles::ALL)
+}
+
+fn run_without(setup: &Setup, subject: &mut dyn Subject, actions: Vec<Action>, oracles: Oracles) -> Ran {
+    let options = RunOptions { record: true, patience: 2000, oracles, ..RunOptions::default() };
     run(setup, Seed::new(3), subject, &mut actions.into_iter(), &options)
 }
 
@@ -152,7 +191,8 @@ fn errnos_arrive_as_the_kernel_maps_them() {
         };
         let setup = plain();
         let mut subject = MediumSubject::new(&setup).wrap_server(wrap);
-        let ran = run_plain(&setup, &mut subject, vec![one(OpKind::Write, 0, 64), one(OpKind::Flush, 0, 0)]);
+        let actions = vec![one(OpKind::Write, 0, 64), one(OpKind::Flush, 0, 0)];
+        let ran = run_without(&setup, &mut subject, actions, Oracles::ALL.without(Oracle::Errors));
         assert_eq!(ran.evidence.count("failed_ops"), 2);
         assert!(ran.events.iter().filter(|event| event.ends_with(arrives)).count() == 2, "{:#?}", ran.events);
     }
@@ -165,7 +205,7 @@ fn a_read_of_nothing_is_eio_and_a_write_of_nothing_never_ends() {
         |inner, _: &Medium, _| -> Box<dyn Server> { Box::new(Odd { inner, what: What::Says(0), works: Vec::new() }) };
     let mut subject = MediumSubject::new(&setup).wrap_server(wrap);
     let actions = vec![one(OpKind::Read, 0, 8), one(OpKind::Discard, 0, 8), one(OpKind::Flush, 0, 0)];
-    let ran = run_plain(&setup, &mut subject, actions);
+    let ran = run_without(&setup, &mut subject, actions, Oracles::ALL.without(Oracle::Errors));
     assert!(ran.failure.is_none());
     assert_eq!((ran.evidence.count("failed_ops"), count(&ran, "errno 5")), (1, 1));
     let ran = run_plain(&setup, &mut subject, vec![one(OpKind::Write, 0, 8)]);
@@ -270,7 +310,7 @@ fn the_block_layer_refuses_what_the_device_does_not_offer() {
 /// Declares something else, and keeps its id.
 struct Liar {
     inner: MediumSubject<'static>,
-    geometry: ublkit::Geometry,
+    geometry: Geometry,
     keeps_id: bool,
 }
 
@@ -278,7 +318,7 @@ impl Subject for Liar {
     fn open(&mut self, medium: Option<&Medium>, why: Open) -> Box<dyn Server> {
         self.inner.open(medium, why)
     }
-    fn geometry(&self) -> ublkit::Geometry {
+    fn geometry(&self) -> Geometry {
         self.geometry
     }
     fn release(&mut self) -> bool {
@@ -298,7 +338,7 @@ fn a_device_that_is_not_what_it_should_be_or_keeps_its_id_is_found() {
     assert_eq!(oracle(&run_plain(&setup, &mut liar, Vec::new())), Some(Oracle::Resources));
     liar.keeps_id = false;
     assert_eq!(oracle(&run_plain(&setup, &mut liar, Vec::new())), None);
-    let changes: [fn(&mut ublkit::Geometry); 5] = [
+    let changes: [fn(&mut Geometry); 5] = [
         |geometry| geometry.size -= 512,
         |geometry| geometry.logical_block = 4096,
         |geometry| geometry.volatile_cache = false,
@@ -319,8 +359,9 @@ fn planted_bugs_are_found() {
         let mut drawn = Drawn::new(seed, 2000);
         drawn.setup.read_only = false;
         let setup = drawn.setup;
-        let mut subject = MediumSubject::new(&setup)
-            .wrap_backend(|inner, _, _| Arc::new(MutantBackend::new(inner, Mutant::LostWrite, 20, Seed::new(seed))));
+        let mut subject = MediumSubject::new(&setup).wrap_backend(|inner, _, _| {
+            Arc::new(Wrong { inner, loses: 20, flushes: true, writes: AtomicU64::new(0) })
+        });
         let ran = run(&setup, Seed::new(seed), &mut subject, &mut drawn, &RunOptions::default());
         found += u32::from(ran.failure.is_some_and(|failure| failure.oracle != Oracle::Watchdog));
     }
@@ -329,22 +370,6 @@ fn planted_bugs_are_found() {
 
 #[test]
 fn a_power_cut_takes_what_was_acknowledged_and_not_flushed() {
-    /// Flushes nothing.
-    struct Lazy(Arc<dyn ublkit::Backend>);
-    impl ublkit::Backend for Lazy {
-        fn geometry(&self) -> ublkit::Geometry {
-            self.0.geometry()
-        }
-        fn read_at(&self, buf: &mut [u8], offset: u64) -> std::io::Result<()> {
-            self.0.read_at(buf, offset)
-        }
-        fn write_at(&self, buf: &[u8], offset: u64, _: ublkit::WriteFlags) -> std::io::Result<()> {
-            self.0.write_at(buf, offset, ublkit::WriteFlags::NONE)
-        }
-        fn flush(&self) -> std::io::Result<()> {
-            Ok(())
-        }
-    }
     let mut setup = plain();
     (setup.discard, setup.write_zeroes) = (false, false);
     let block = |at: u64| [one(OpKind::Write, at * 8, 8), one(OpKind::WriteFua, at * 8 + 4, 2)];
@@ -358,7 +383,9 @@ fn a_power_cut_takes_what_was_acknowledged_and_not_flushed() {
         let mut right = MediumSubject::new(&setup);
         let ran = run(&setup, Seed::new(seed), &mut right, &mut actions.clone().into_iter(), &options);
         assert!(ran.failure.is_none(), "{:#?}", ran.failure);
-        let mut lazy = MediumSubject::new(&setup).wrap_backend(|inner, _, _| Arc::new(Lazy(inner)));
+        let mut lazy = MediumSubject::new(&setup).wrap_backend(|inner, _, _| {
+            Arc::new(Wrong { inner, loses: u64::MAX, flushes: false, writes: AtomicU64::new(0) })
+        });
         let ran = run(&setup, Seed::new(seed), &mut lazy, &mut actions.clone().into_iter(), &options);
         found += u32::from(oracle(&ran) == Some(Oracle::Durable));
     }
@@ -380,6 +407,30 @@ fn held_and_short_requests_are_no_bugs() {
         short += ran.evidence.count("short_results");
     }
     assert!(held > 100 && short > 100, "{held} {short}");
+}
+
+#[test]
+fn errors_are_accounted_for() {
+    let plan = "any rate 1/50: error ENOSPC before; write rate 1/50: error EIO after; read rate 1/50: error EACCES";
+    let mut failed = 0;
+    for seed in 0..200 {
+        let mut drawn = Drawn::new(seed, 300);
+        let setup = drawn.setup;
+        let mut subject = MediumSubject::new(&setup).with_faults(plan.parse().expect("a plan"), Seed::new(seed));
+        let ran = run(&setup, Seed::new(seed), &mut subject, &mut drawn, &RunOptions::default());
+        assert!(ran.failure.is_none(), "seed {seed}: {:#?}", ran.failure);
+        failed += ran.evidence.count("failed_ops");
+    }
+    assert!(failed > 1000, "{failed}");
+    // Errors that nobody made, and errors that nobody sees.
+    let setup = plain();
+    let actions = || vec![one(OpKind::Write, 0, 8), one(OpKind::Read, 0, 8)];
+    for (plan, what) in [("", What::Says(-28)), ("write: error ENOSPC before", What::Says(4096))] {
+        let wrap = |inner, _: &Medium, _| -> Box<dyn Server> { Box::new(Odd { inner, what, works: Vec::new() }) };
+        let plan = plan.parse().expect("a plan");
+        let mut subject = MediumSubject::new(&setup).with_faults(plan, Seed::new(1)).wrap_server(wrap);
+        assert_eq!(oracle(&run_plain(&setup, &mut subject, actions())), Some(Oracle::Errors));
+    }
 }
 
 #[test]

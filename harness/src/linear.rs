@@ -45,7 +45,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use self::block::{Block, Sweep, Wrong, Zone};
+use self::block::{Block, Sweep, VALUES_MAX, Wrong, Zone};
 use self::table::{Entry, Table};
 use crate::classify::Content;
 use crate::outcome::Outcome;
@@ -73,6 +73,8 @@ pub struct Linear {
     /// The stamp of the last event, plus one.
     latest: Stamp,
     blurred: u64,
+    /// How many values of a block are remembered one by one.
+    values_max: usize,
     spare: Vec<Zone>,
 }
 
@@ -140,6 +142,7 @@ impl Linear {
             horizon: 0,
             latest: 0,
             blurred: 0,
+            values_max: VALUES_MAX,
             spare: Vec::new(),
         }
     }
@@ -180,7 +183,7 @@ impl Linear {
         for number in blocks {
             let slot = self.table.get(number).slot().expect("a change that ends is in flight");
             let block = &mut self.blocks[slot];
-            self.blurred += block.end(content_of(number), began + 1, now + 1, outcome);
+            self.blurred += block.end(content_of(number), began + 1, now + 1, outcome, self.values_max);
             if !block.queued {
                 block.queued = true;
                 self.queue.push_back((now + 1, slot as u32));

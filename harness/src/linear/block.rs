@@ -298,12 +298,12 @@ impl Block {
         }
     }
 
-    /// Ends what began at `began`. Says how many values were too many.
+    /// Ends what began at `began`. Says how many values were too many, where `most` may be remembered one by one.
     ///
     /// # Panics
     /// When nothing that began then is in flight.
     #[inline]
-    pub(super) fn end(&mut self, content: Content, began: Stamp, now: Stamp, outcome: Outcome) -> u64 {
+    pub(super) fn end(&mut self, content: Content, began: Stamp, now: Stamp, outcome: Outcome, most: usize) -> u64 {
         let values = self.values.len();
         let at = self.values.iter().position(|value| value.began == began && value.in_flight);
         let at = at.expect("a change that ends is in flight");
@@ -320,18 +320,18 @@ impl Block {
                 kill_older(world, at);
             }
         }
-        if values > VALUES_MAX { self.forget() } else { 0 }
+        if values > most { self.forget(most) } else { 0 }
     }
 
     /// Forgets one by one what is too much; what remains of it is one value that explains too much rather than too
     /// little: all the generations between, for as long as the last of them could be seen.
     #[cold]
-    fn forget(&mut self) -> u64 {
+    fn forget(&mut self, most: usize) -> u64 {
         let mut forgotten = 0;
         loop {
             let values = self.values.len();
             let ended = |at: &usize| !self.values[*at].in_flight && self.values[*at].matter != Matter::Blur;
-            if (0..values).filter(ended).count() < VALUES_MAX {
+            if (0..values).filter(ended).count() < most {
                 return forgotten;
             }
             let until = |at: &usize| self.zones.chunks_exact(values).map(|world| world[*at].until).max();
@@ -454,8 +454,9 @@ impl Block {
         Ok(())
     }
 
+    /// Whether `seen` is a generation that is remembered, and therefore none of those that are not.
     fn is_exact(&self, seen: Content) -> bool {
-        self.values.iter().any(|value| value.matter == Matter::new(seen) && value.matter != Matter::Any)
+        matches!(seen, Content::Written(_)) && self.values.iter().any(|value| value.matter == Matter::new(seen))
     }
 
     /// What a read that began at `began` and ends now may return.

@@ -123,7 +123,7 @@ struct Excuse {
 }
 
 /// Whether an operation of one kind leads to calls of another.
-const fn leads_to(op: OpKind, call: OpKind) -> bool {
+pub(crate) const fn leads_to(op: OpKind, call: OpKind) -> bool {
     match call {
         OpKind::Read => matches!(op, OpKind::Read),
         // Zeroes are written where the device cannot make them.

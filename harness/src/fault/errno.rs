@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub struct Errno(i32);
 
 /// Those that the block layer lets through to the application (`blk_errors[]` in `block/blk-core.c`), which are also
-/// listed at [`ublkit::backend::result_code`].
+/// listed at [`ublkit::result_code`].
 const KEPT: [(&str, i32); 17] = [
     ("EIO", 5),
     ("EAGAIN", 11),

@@ -271,7 +271,9 @@ impl fmt::Display for Row {
                 write!(f, "{word} by {}{only}: {}", signature.oracle, signature.class)?;
                 write!(f, ", after {after_ops} operations, seed {seed}")
             }
-            (None, true) => write!(f, "passes: {} seeds, {} operations, odd {} times", self.seeds, self.ops, self.hits),
+            (None, true) => {
+                write!(f, "passes: {} seeds, {} operations, odd {} times", self.seeds, self.ops, self.hits)
+            }
             (None, false) => {
                 write!(f, "SURVIVES {} operations, {} seeds, {} hits", self.ops, self.seeds, self.hits)
             }

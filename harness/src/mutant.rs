@@ -40,6 +40,7 @@ use crate::sector::Pattern;
 use crate::seed::Seed;
 use crate::sim::medium::Medium;
 use crate::sim::server::Server;
+pub use crate::sim::subject::Open;
 
 /// A bug to plant: `lost-write`, or `lost-write:30` for one in 30 operations of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -125,20 +126,6 @@ impl Hits {
     fn chance(&self) -> u64 {
         self.0.chances.fetch_add(1, Ordering::Relaxed)
     }
-}
-
-/// Why storage is opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Open {
-    /// For the first time.
-    #[default]
-    First,
-    /// The power was cut.
-    AfterPowerCut,
-    /// The last server died.
-    AfterKill,
-    /// The last server was stopped in order.
-    Reopen,
 }
 
 /// What is told of an error that a mutant makes by itself: the operation, its sectors, and the errno.

@@ -7,7 +7,6 @@ use ublkit::{Backend, Geometry};
 
 use crate::fault::{FaultPlan, Faults};
 use crate::mutant::{self, Planted, Plot};
-use crate::oracle::Oracles;
 use crate::plan::PlanError;
 use crate::script::{Act, Action, Actions, Script, Setup, VERSION, Workload};
 use crate::sector::Pattern;
@@ -16,7 +15,8 @@ use crate::shrink::{ShrinkOptions, Shrunk, Signature, shrink_while};
 use crate::sim::calls::{CallLog, ObservedCalls};
 use crate::sim::medium::{Medium, MediumDisk, MediumOptions};
 use crate::sim::server::{PlainServer, Server};
-use crate::sim::{Open, Ran, RunOptions, Subject, geometry_of, run};
+use crate::sim::subject::geometry_of;
+use crate::sim::{Open, Ran, RunOptions, Subject, run};
 
 /// The number of the device that foreign bytes come from.
 const OTHER_DEVICE: u32 = 77;
@@ -155,6 +155,8 @@ impl Planting {
         let seed = header.seed.derive("fault backend", 0);
         let faults = Faults::with_clock(header.faults.clone(), seed, Arc::new(move || clock.tick()));
         let mut plot = Plot::new(header.seed.derive("plot", 0));
+        let admitting = faults.clone();
+        plot.injected = Some(Arc::new(move |kind, range, errno| admitting.admit(kind, range, errno)));
         plot.foreign = Some(Arc::new(Pattern::new(header.seed, OTHER_DEVICE)));
         Self { planted: header.mutant, plot, described, declared, reorder: header.setup.reorder, calls, faults }
     }

@@ -156,6 +156,28 @@ impl Faults {
         std::mem::take(&mut progress.injections)
     }
 
+    /// Takes note of an error that somebody else made, above the backend: an operation failed with `errno`, a positive
+    /// number, as if a fault had been injected.
+    pub fn admit(&self, kind: OpKind, range: SectorRange, errno: i32) {
+        let Some(named) = super::Errno::new(errno) else { return };
+        let effect = Effect::Error { errno: named, stage: super::Stage::Before };
+        let began = self.now();
+        let mut progress = self.progress();
+        let number = progress.injections.last().map_or(0, |last| last.number + 1);
+        let ended = self.now();
+        progress.injections.push(Injection {
+            number,
+            rule: u32::MAX,
+            kind,
+            range,
+            effect,
+            errno: Some(errno),
+            began,
+            ended,
+        });
+        self.0.untaken.fetch_add(1, Ordering::Release);
+    }
+
     /// What each rule has done so far.
     #[must_use]
     pub fn counts(&self) -> Vec<RuleCounts> {

@@ -9,13 +9,14 @@ use crate::fault::{FaultPlan, Faults};
 use crate::script::Setup;
 use crate::seed::Seed;
 use crate::sim::calls::{CallLog, ObservedCalls};
-use crate::sim::medium::{Medium, MediumDisk};
+use crate::sim::medium::{Medium, MediumDisk, MediumOptions};
 use crate::sim::server::{PlainServer, Server};
 
 /// Why a server is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Open {
     /// The device is new.
+    #[default]
     First,
     /// The power was cut, and is back.
     AfterPowerCut,
@@ -38,6 +39,14 @@ pub trait Subject {
     fn uses_medium(&self) -> bool {
         true
     }
+
+    /// The medium that it is to be stored on, where it wants another than the one described.
+    fn medium_options(&self, options: MediumOptions) -> MediumOptions {
+        options
+    }
+
+    /// The device is about to be closed in order; requests may still be on their way.
+    fn stopping(&mut self) {}
 
     /// Whether its storage reads as zeroes before anything is written.
     fn initially_zero(&self) -> bool {

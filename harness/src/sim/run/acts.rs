@@ -28,6 +28,7 @@ impl Run<'_> {
             Act::Kill => self.kill()?,
             Act::Reopen => {
                 self.counts.reopens += 1;
+                self.subject.stopping();
                 self.driver.stop();
                 self.close();
                 self.open(Open::Reopen)?;

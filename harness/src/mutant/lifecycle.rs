@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use ublkit::{Backend, DiscardLimits, Geometry, WriteFlags, ZeroFlags};
 
-use super::twist::{Disk, Turn, Twist, lock, place, twisted};
+use super::twist::{Disk, Turn, Twist, lock, place, twisted, twisted_as};
 use super::{Mutant, Open, Planted, Plot};
 use crate::plan::OpKind;
 use crate::script::{Act, Recovery, Setup};
@@ -21,7 +21,8 @@ const SHORT: usize = 64 << 10;
 
 const EINVAL: i32 = 22;
 
-/// What a device with this bug declares, where it should declare `geometry`.
+/// What a device with this bug declares, where it should declare `geometry`. Backends with such a bug declare it by
+/// themselves.
 #[must_use]
 pub fn declared_geometry(planted: Planted, geometry: Geometry) -> Geometry {
     let mut declared = geometry;
@@ -67,13 +68,14 @@ impl Mutant {
             Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
-            | Self::FirstFlushSkipped
+            | Self::ColdFlush
             | Self::MetadataNotFlushed
             | Self::ReorderAcrossFlush
             | Self::SameLbaLogRace
             | Self::NoVolatileCache
             | Self::UnflushedLost
             | Self::AnySubset
+            | Self::FlushGivesUp
             | Self::FlushFails => setup.volatile_cache = true,
             Self::FuaIgnored | Self::OpFlagMask => (setup.volatile_cache, setup.fua) = (true, true),
             Self::TornBelowAtomic => {
@@ -123,7 +125,7 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
-            | Self::FirstFlushSkipped
+            | Self::ColdFlush
             | Self::FuaIgnored
             | Self::MetadataNotFlushed
             | Self::ReorderAcrossFlush
@@ -133,6 +135,7 @@ impl Mutant {
             | Self::NoVolatileCache
             | Self::UnflushedLost
             | Self::AnySubset
+            | Self::FlushGivesUp
             | Self::FlushFails => Some(Act::PowerCut),
             _ => None,
         }
@@ -146,9 +149,9 @@ pub(super) fn plant(
 ) -> Result<Arc<dyn Backend>, Arc<dyn Backend>> {
     let turn = turn.clone();
     Ok(match mutant {
-        Mutant::NoVolatileCache => twisted(inner, NoVolatileCache(turn)),
-        Mutant::RoNotEnforced => twisted(inner, RoNotEnforced(turn)),
-        Mutant::WrongLimits => twisted(inner, WrongLimits(turn)),
+        Mutant::NoVolatileCache => declaring(inner, &turn.clone(), NoVolatileCache(turn)),
+        Mutant::RoNotEnforced => declaring(inner, &turn.clone(), RoNotEnforced(turn)),
+        Mutant::WrongLimits => declaring(inner, &turn.clone(), WrongLimits(turn)),
         Mutant::RecoveryStaleState => match turn.plot().why {
             Open::AfterKill => {
                 let old = lock(&turn.plot().past).disk.clone();
@@ -162,6 +165,12 @@ pub(super) fn plant(
         }
         _ => return Err(inner),
     })
+}
+
+/// `inner` with a twist that declares what the bug has it declare.
+fn declaring(inner: Arc<dyn Backend>, turn: &Turn, twist: impl Twist) -> Arc<dyn Backend> {
+    let declared = declared_geometry(turn.planted(), inner.geometry());
+    twisted_as(inner, declared, twist)
 }
 
 /// Counts the writes that nobody will flush.

@@ -107,19 +107,19 @@ StaleCache "10" "stale-cache" Backend 40 [Linear Zero] YES
     "a read cache keeps a block that was written since";
 ZeroedBuffer "11" "zeroed-buffer" Backend 100 [Zero] YES
     "an idle buffer is given back while its write is in flight, and zeroes are stored (libublk-rs #48, ublksrv #196)";
-FlushNoop "12" "flush-noop" Backend 1 [Durable] YES
+FlushNoop "12" "flush-noop" Backend 1 [Durable Flush] YES
     "a flush is acknowledged and nothing is persisted, as by disks that lie";
-FlushRange "13" "flush-range" Backend 1 [Durable] YES
+FlushRange "13" "flush-range" Backend 1 [Durable Flush] YES
     "a flush persists the range of a request, and a flush has none (rublk 9c1f58f, ublksrv #118)";
-FlushEarly "14" "flush-early" Backend 1 [Durable] YES
+FlushEarly "14" "flush-early" Backend 1 [Durable Flush] YES
     "a flush is acknowledged before what it covers is durable (fio 22b970ed)";
-FuaIgnored "15" "fua-ignored" Backend 1 [Durable] YES
+FuaIgnored "15" "fua-ignored" Backend 1 [Durable Flush] YES
     "a FUA write is lost at a power cut";
-MetadataNotFlushed "16" "metadata-not-flushed" Backend 2 [Durable Zero] YES
+MetadataNotFlushed "16" "metadata-not-flushed" Backend 2 [Durable Zero Flush] YES
     "a flush persists data but not the map to it: what was new reads as zeroes (ubiblk #92, dittofs #1909)";
-ReorderAcrossFlush "17" "reorder-across-flush" Backend 4 [Durable] YES
+ReorderAcrossFlush "17" "reorder-across-flush" Backend 4 [Durable Flush] YES
     "what came after a flush is durable and what came before it is not (unserializable writes: FAST'13)";
-SameLbaLogRace "18" "same-lba-log-race" Backend 2 [Durable] YES
+SameLbaLogRace "18" "same-lba-log-race" Backend 2 [Durable Flush] YES
     "the journal has two writes to a place and persists but the earlier one (crucible #1798)";
 DiscardOffByOne "19" "discard-off-by-one" Backend 10 [Zero] YES
     "a discard takes a neighbouring block with it (brd, Linux a26a339a654b)";
@@ -199,8 +199,10 @@ DiscardRoundsOut "+" "discard-rounds-out" Backend 4 [Zero] YES
     "a discard is widened to whole units and takes parts of its neighbours with it";
 ZeroesEdgesKept "+" "zeroes-edges-kept" Backend 2 [Zero Linear] YES
     "zeroes are narrowed to whole units, and the edges keep their data";
-FirstFlushSkipped "+" "first-flush-skipped" Backend 1 [Durable] YES
-    "a server that was started again takes nothing to be dirty, and skips its first flush";
+ColdFlush "+" "cold-flush" Backend 1 [Durable Flush] YES
+    "a server that was just started takes nothing to be dirty, and skips its first flushes";
+FlushGivesUp "+" "flush-gives-up" Backend 10 [Durable Flush] YES
+    "a flush fails, and the next one succeeds without what the failed one had to persist (fsyncgate)";
 SwappedBlocks "+" "swapped-blocks" Backend 50 [Tag] YES
     "two blocks of one write are stored in each other's place";
 ErroredWrite "a" "errored-write" Control 200 [] YES
@@ -220,7 +222,7 @@ WrittenTwice "g" "written-twice" Control 4 [] YES
 PartialThenError "h" "partial-then-error" Control 200 [] YES
     "an operation fails when a part of it is done";
 FlushFails "i" "flush-fails" Control 10 [] YES
-    "a flush fails, and nobody knows what of the data since the last good one is durable";
+    "a flush fails, and what it had to persist may be durable or not until the next good one";
 }
 
 impl Spec {

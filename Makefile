@@ -10,13 +10,15 @@ SHELL := bash
 CARGO ?= cargo
 ARGS ?=
 KERNEL ?= 7.2
+DURATION ?= 60
+TARGETS ?=
 # What a scenario's whole run may take in a VM, boot included; a longer soak needs more.
 TIMEOUT ?= $(if $(UBLK_TORTURE_DURATION),48h,30m)
 REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe test test-unit test-integration test-vm test-scripts lint bench release
+.PHONY: help torture probe test test-unit test-integration test-vm test-scripts fuzz confusion lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +48,12 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	$(CARGO) build --quiet -p ublkit --features cli
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/cli target/debug/ublkit
 	ci/tests/vm $(KERNEL)
+
+fuzz: ## Arbitrary input for everything that reads any: DURATION seconds for each target, TARGETS or all
+	$(CARGO) run --release --quiet -p ublkit-fuzz -- --duration $(DURATION) $(TARGETS)
+
+confusion: ## What the classifier calls corruptions of every class
+	$(CARGO) run --release --quiet -p ublkit-harness --example confusion
 
 lint: ## Formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all -- --check

@@ -8,12 +8,26 @@
 //!   whether it was dropped or wrote zeroes.
 //! * Where a failed or unknown operation came just before, what the last one replaced is not known; the generation
 //!   just before it then counts as *stale*.
+//! * A write that was lost 8 million generations ago or more is *future*, and one lost exactly as many generations ago as
+//!   there are is *good*: generations begin again. Likewise what comes from that far in the future is *stale*, or *good*.
 //! * *Misdirected* is the same for a write that went to the wrong sector and a read that came from it; a second read
 //!   tells them apart. A shift by whole sectors is *misdirected* too.
 //! * A tear before the first word or after the last is none.
+//! * More than seven flipped bits are *partial*, and so are flipped bits in a content that may not be there.
 //!
 //! A word is believed to be of this sector when it decodes to it, 40 bits that agree. Any other origin has to be named by
-//! two words at the same distance from where they belong, so that random bytes name nothing.
+//! two words at the same distance from where they belong, so that random bytes name nothing:
+//!
+//! * One word from elsewhere beside 63 others is *partial*, not *torn*, and beside 63 zeroes *garbage*.
+//! * A shift has to explain half of the sector, with more than one value, and more of it than any content in its place
+//!   does.
+//! * The same bits flipped in several words make them words of another sector, if the device is so large that it has it.
+//!
+//! With [compressible](Pattern::with_compressibility) payloads the first words of a sector are one and the same. They
+//! count as one where two are asked for: a part of a tear that comes from elsewhere, and of which only such words are
+//! seen, is not named.
+//!
+//! [`confusion`](crate::confusion) draws instances of each class and counts what they are called.
 
 use std::fmt;
 
@@ -23,7 +37,7 @@ use crate::sector::{Generation, Origin, Pattern};
 use crate::seed::Seed;
 
 /// What one sector can hold.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Content {
     /// Nothing but zeroes.
@@ -89,7 +103,8 @@ pub enum Class {
     },
     /// One cut, with another content on each side.
     Torn {
-        /// The first word (of 8 bytes) of the second part.
+        /// The first word (of 8 bytes) of the second part, counted from the beginning of what was classified: a sector or
+        /// a block.
         at_word: u32,
         /// The part before.
         before: Source,
@@ -98,8 +113,8 @@ pub enum Class {
     },
     /// What belongs on the device, but not at this distance from the beginning of the sector.
     Shifted {
-        /// By how many words (of 8 bytes) it lies too far back; negative when too far ahead.
-        by_words: i64,
+        /// By how many bytes it lies too far back; negative when too far ahead.
+        by_bytes: i64,
     },
     /// A content that may be there, but for a few bits.
     BitFlip {
@@ -192,9 +207,9 @@ impl fmt::Display for Class {
             Self::Torn { at_word, before, after } => {
                 write!(f, "torn at word {at_word} (byte {}): {before}, then {after}", at_word * 8)
             }
-            Self::Shifted { by_words } => {
-                let way = if *by_words < 0 { "ahead" } else { "back" };
-                write!(f, "shifted: {} bytes too far {way}", by_words.unsigned_abs() * 8)
+            Self::Shifted { by_bytes } => {
+                let way = if *by_bytes < 0 { "ahead" } else { "back" };
+                write!(f, "shifted: {} bytes too far {way}", by_bytes.unsigned_abs())
             }
             Self::BitFlip { bits } => {
                 write!(f, "bit flip: {} of 4096 bits differ, at", bits.len())?;

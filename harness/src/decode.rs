@@ -1,5 +1,8 @@
 //! The cold path of a check: decode every word of a wrong sector and see what they agree on.
 
+mod block;
+mod shift;
+
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
@@ -23,6 +26,14 @@ enum Word {
 /// Where an unreadable word may come from: which pattern (0 is the device's own), and how many words away.
 type Place = (usize, i64);
 
+/// The words that name one place.
+struct Votes {
+    count: u32,
+    /// One of them, and whether there is another value among them.
+    value: u64,
+    differ: bool,
+}
+
 impl Classifier<'_> {
     /// Names what `got`, read from sector `lba`, is.
     #[must_use]
@@ -42,7 +53,7 @@ impl Classifier<'_> {
         let words = self.read_words(got, lba);
         one_source(&words, expected)
             .or_else(|| self.foreign(&words))
-            .or_else(|| shifted(&words))
+            .or_else(|| self.shifted(got, lba, &words))
             .or_else(|| torn(&words))
             .unwrap_or_else(|| mixed(&words, expected))
     }
@@ -74,7 +85,7 @@ impl Classifier<'_> {
     }
 
     fn read_words(&self, got: &[u8; SECTOR], lba: u64) -> [Word; WORDS] {
-        let values: [u64; WORDS] = std::array::from_fn(|i| u64::from_le_bytes(got.as_chunks().0[i]));
+        let values = values_of(got);
         let mut words: [Word; WORDS] = std::array::from_fn(|i| self.read_in_place(values[i], i, lba));
         // Whole sectors first: 8 places to look at for a word instead of 512.
         for whole_sectors in [true, false] {
@@ -101,7 +112,7 @@ impl Classifier<'_> {
         // A shift is told for this device only: what is foreign is wrong enough.
         let books = if whole_sectors { 1 + self.foreign.len() } else { 1 };
         let mut candidates: Vec<(usize, Place, Origin)> = Vec::new();
-        let mut votes: BTreeMap<Place, u32> = BTreeMap::new();
+        let mut votes: BTreeMap<Place, Votes> = BTreeMap::new();
         for i in (0..WORDS).filter(|&i| words[i] == Word::Unreadable) {
             let (first, step) = if whole_sectors { (i, WORDS) } else { (0, 1) };
             for book in 0..books {
@@ -114,18 +125,24 @@ impl Classifier<'_> {
                     let Some(origin) = pattern.decode_word(values[i], position, limit) else {
                         continue;
                     };
-                    let place = (book, word_address(origin.lba, position % WORDS) - word_address(lba, i));
-                    candidates.push((i, place, origin));
-                    *votes.entry(place).or_default() += 1;
+                    let distance = word_address(origin.lba, position % WORDS).wrapping_sub(word_address(lba, i));
+                    candidates.push((i, (book, distance), origin));
+                    let first = Votes { count: 0, value: values[i], differ: false };
+                    let votes = votes.entry((book, distance)).or_insert(first);
+                    votes.count += 1;
+                    votes.differ |= votes.value != values[i];
                 }
             }
         }
-        let rank =
-            |place: Place| (votes.get(&place).copied().unwrap_or(0), Reverse(place.1.unsigned_abs()), Reverse(place));
+        // Where words repeat, one value says no more than one word.
+        votes.retain(|_, votes| votes.differ);
+        let rank = |place: Place| {
+            votes.get(&place).map(|votes| (votes.count, Reverse(place.1.unsigned_abs()), Reverse(place)))
+        };
         let mut best: [Option<Place>; WORDS] = [None; WORDS];
         for (i, place, origin) in candidates {
-            let believed = votes.get(&place).is_some_and(|&votes| votes >= 2);
-            if believed && best[i].is_none_or(|other| rank(place) > rank(other)) {
+            let rank_here = rank(place);
+            if rank_here.is_some() && best[i].is_none_or(|other| rank_here > rank(other)) {
                 best[i] = Some(place);
                 words[i] = Word::There { book: place.0, distance: place.1, origin };
             }
@@ -133,11 +150,10 @@ impl Classifier<'_> {
     }
 
     fn foreign(&self, words: &[Word; WORDS]) -> Option<Class> {
-        let Word::There { book, origin, .. } = words[0] else {
+        let Word::There { book: book @ 1.., origin, .. } = words[0] else {
             return None;
         };
-        let same = |word: &Word| matches!(word, Word::There { book: other, .. } if *other == book);
-        if book == 0 || !words.iter().all(same) {
+        if words.iter().any(|word| *word != words[0]) {
             return None;
         }
         let pattern = self.book(book)?;
@@ -150,9 +166,11 @@ impl Classifier<'_> {
 }
 
 impl Word {
+    /// Where it comes from, if it lies where it belongs within its sector.
     fn source(self) -> Option<Source> {
         match self {
             Self::Unreadable => None,
+            Self::There { distance, .. } if distance % WORDS as i64 != 0 => None,
             Self::Zero => Some(Source::Zero),
             Self::Here(generation) => Some(Source::Written(generation)),
             Self::There { book: 0, origin, .. } => Some(Source::Elsewhere(origin)),
@@ -171,13 +189,17 @@ impl Word {
 
 /// The place of a word on the device, counted in words.
 fn word_address(lba: u64, word: usize) -> i64 {
-    // 40 bits of sector and 6 of word.
-    (lba * WORDS as u64 + word as u64) as i64
+    // 40 bits of sector and 6 of word. A sector that no device has, from a file, does no harm.
+    lba.wrapping_mul(WORDS as u64).wrapping_add(word as u64) as i64
+}
+
+fn values_of(got: &[u8; SECTOR]) -> [u64; WORDS] {
+    std::array::from_fn(|i| u64::from_le_bytes(got.as_chunks().0[i]))
 }
 
 /// Every word from one generation of this sector, or from one of another.
 fn one_source(words: &[Word; WORDS], expected: &Expected) -> Option<Class> {
-    if words.iter().any(|word| *word != words[0] && word.source() != words[0].source()) {
+    if words.iter().any(|word| *word != words[0]) {
         return None;
     }
     match words[0] {
@@ -204,26 +226,11 @@ fn newest_allowed(expected: &Expected) -> Generation {
     written.reduce(|a, b| if is_newer(a, b) { a } else { b }).unwrap_or(expected.newest)
 }
 
-/// At least half of the words at one distance, not of whole sectors, from where they belong.
-fn shifted(words: &[Word; WORDS]) -> Option<Class> {
-    let mut distances: BTreeMap<i64, usize> = BTreeMap::new();
-    for word in words {
-        if let Word::There { book: 0, distance, .. } = word
-            && distance % WORDS as i64 != 0
-        {
-            *distances.entry(*distance).or_default() += 1;
-        }
-    }
-    let (distance, count) = distances.into_iter().max_by_key(|&(_, count)| count)?;
-    (count * 2 >= WORDS).then_some(Class::Shifted { by_words: -distance })
-}
-
 /// Two parts, each from one readable source.
 fn torn(words: &[Word; WORDS]) -> Option<Class> {
-    let before = words[0].source()?;
-    let cut = words.iter().position(|word| word.source() != Some(before))?;
-    let after = words[cut].source()?;
-    let clean = words[cut..].iter().all(|word| word.source() == Some(after));
+    let cut = words.iter().position(|word| *word != words[0])?;
+    let (before, after) = (words[0].source()?, words[cut].source()?);
+    let clean = words[cut..].iter().all(|word| *word == words[cut]);
     clean.then_some(Class::Torn { at_word: cut as u32, before, after })
 }
 

@@ -5,7 +5,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::classify::{Class, Expected};
+use crate::classify::{Class, Content, Expected};
+use crate::oracle::Oracle;
 use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
@@ -14,7 +15,9 @@ use crate::sector::Generation;
 /// A wrong sector of a check, and a count of the others.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mismatch {
-    /// The worker whose region the sector is in.
+    /// Who says so.
+    pub oracle: Oracle,
+    /// The worker whose region the sector is in, or who read it where all share one.
     pub worker: u32,
     /// The operation that found it, by its index in the worker's plan; `None` for a pass over the whole region.
     pub op: Option<u64>,
@@ -38,6 +41,8 @@ pub struct Mismatch {
 /// One operation on a sector.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PastOp {
+    /// The worker.
+    pub worker: u32,
     /// Its index in the worker's plan; `None` for a pass over the whole region.
     pub op: Option<u64>,
     /// What it was.
@@ -54,6 +59,29 @@ pub struct PastOp {
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SectorDump(Vec<u8>);
+
+impl Oracle {
+    /// Who says that a sector of this class is wrong, when power was never cut.
+    #[must_use]
+    pub fn of(class: &Class, expected: &Expected) -> Self {
+        match class {
+            Class::ForeignDevice { .. } | Class::ForeignRun { .. } => Self::CrossDevice,
+            Class::Zero | Class::Lost { found: Content::Zero } => Self::Zero,
+            Class::Lost { .. } | Class::Stale { .. } | Class::Future { .. }
+                if expected.allowed == [Content::Zero] =>
+            {
+                Self::Zero
+            }
+            Class::Good | Class::Lost { .. } | Class::Stale { .. } | Class::Future { .. } => Self::Linear,
+            Class::Misdirected { .. }
+            | Class::Torn { .. }
+            | Class::Shifted { .. }
+            | Class::BitFlip { .. }
+            | Class::Partial { .. }
+            | Class::Garbage => Self::Tag,
+        }
+    }
+}
 
 impl SectorDump {
     /// A copy of `bytes`.
@@ -140,7 +168,7 @@ impl fmt::Display for Mismatch {
 impl fmt::Display for PastOp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.op {
-            Some(op) => write!(f, "#{op} {} {}", self.kind, self.range)?,
+            Some(op) => write!(f, "{}#{op} {} {}", self.worker, self.kind, self.range)?,
             None => write!(f, "pass {} {}", self.kind, self.range)?,
         }
         if let Some(generation) = self.generation {

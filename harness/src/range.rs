@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use crate::sector::SECTOR;
 
 /// Sectors `first..first + sectors` of a device.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct SectorRange {
     /// The first sector.
     pub first: u64,

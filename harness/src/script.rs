@@ -3,8 +3,16 @@
 //! A seed and options say the same in one line, but a script can be cut: what is left of a failing run when everything
 //! that does not matter is gone is a script. It is JSON with a version, and replays on the simulator and on a device.
 
+mod draw;
+mod file;
+#[cfg(test)]
+mod tests;
+mod text;
+
 use serde::{Deserialize, Serialize};
 
+pub use self::draw::{Actions, Workload};
+pub use self::file::ScriptError;
 use crate::fault::FaultPlan;
 use crate::mutant::Planted;
 use crate::plan::OpKind;
@@ -34,6 +42,7 @@ pub struct Script {
 
 /// One action of one worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Action {
     /// The worker. Actions that are nobody's, such as a power cut, are worker 0's.
     pub worker: u32,
@@ -43,7 +52,7 @@ pub struct Action {
 
 /// What is done.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Act {
     /// An operation on the device.
     Op {

@@ -27,6 +27,7 @@ use self::state::{Kind, Previous, State};
 use self::table::Table;
 use crate::classify::{Class, Classifier, Content, Expected};
 use crate::mismatch::{Mismatch, SectorDump};
+use crate::oracle::Oracle;
 use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
@@ -390,6 +391,14 @@ impl Shadow {
     fn right_run(&self, first: u64, sectors: &[[u8; SECTOR]], states: &[u32], unknown: &mut u64) -> usize {
         let pattern = &*self.options.pattern;
         let zero = self.options.initially_zero;
+        // Most runs are right and written throughout. A sector that was not written is never of generation 0 either.
+        let generation_of = |sector: u64| {
+            let state = State::from_bits(states[(sector - first) as usize]);
+            if state.kind() == Kind::Written { state.newest() } else { 0 }
+        };
+        if pattern.sectors_match(sectors, first, generation_of) {
+            return sectors.len();
+        }
         let wrong = (first..).zip(sectors).zip(states).position(|((sector, got), bits)| {
             let state = State::from_bits(*bits);
             match state.kind() {
@@ -444,16 +453,18 @@ impl Shadow {
             }
         }
         let (sector, class) = first.unwrap_or((wrong, Class::Garbage));
+        let expected = self.expected(sector);
         Box::new(Mismatch {
+            oracle: Oracle::of(&class, &expected),
             worker: *worker,
             op,
             range,
             sector,
             class,
-            expected: self.expected(sector),
+            expected,
             got: SectorDump::new(&sectors[(sector - range.first) as usize]),
             wrong_sectors,
-            history: self.history.of_sector(sector, self.state(sector)),
+            history: self.history.of_sector(*worker, sector, self.state(sector)),
         })
     }
 }

@@ -68,7 +68,7 @@ impl History {
     ///
     /// The ring keeps no generations. But each write that ended gave the sector the next one, so that counting back from
     /// the newest names them all.
-    pub(super) fn of_sector(&self, sector: u64, state: State) -> Vec<PastOp> {
+    pub(super) fn of_sector(&self, worker: u32, sector: u64, state: State) -> Vec<PastOp> {
         let oldest = self.count - self.ring.len() as u64;
         let mut newest_left = state.newest();
         let mut told = Vec::new();
@@ -88,6 +88,7 @@ impl History {
                 }
             };
             told.push(PastOp {
+                worker,
                 op: (entry.op != Entry::PASS).then_some(entry.op),
                 kind: entry.kind,
                 range: entry.range,

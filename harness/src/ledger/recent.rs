@@ -1,0 +1,125 @@
+//! The last operations, in a ring of fixed size.
+
+use crate::classify::Content;
+use crate::ledger::OpId;
+use crate::mismatch::PastOp;
+use crate::outcome::Outcome;
+use crate::plan::OpKind;
+use crate::range::SectorRange;
+use crate::sector::{Generation, previous_generation};
+
+/// How many operations on a wrong block are told.
+const TOLD: usize = 16;
+
+/// The last operations in the order in which they began, oldest overwritten first.
+#[derive(Debug)]
+pub(super) struct Recent {
+    ring: Vec<Entry>,
+    capacity: usize,
+    /// How many operations were ever remembered.
+    count: u64,
+}
+
+/// An operation, and how it ended.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry {
+    pub(super) op: OpId,
+    pub(super) kind: OpKind,
+    pub(super) range: SectorRange,
+    /// None while it is in flight.
+    pub(super) outcome: Option<Outcome>,
+}
+
+impl Recent {
+    pub(super) fn for_blocks(blocks: u64) -> Self {
+        let capacity = (blocks / 8).clamp(256, 16_384) as usize;
+        Self { ring: Vec::with_capacity(capacity), capacity, count: 0 }
+    }
+
+    /// Remembers an operation; the number it returns is for [`finish`](Self::finish).
+    #[inline]
+    pub(super) fn remember(&mut self, entry: Entry) -> u64 {
+        let number = self.count;
+        self.count += 1;
+        if self.ring.len() < self.capacity {
+            self.ring.push(entry);
+        } else {
+            let slot = self.slot(number);
+            self.ring[slot] = entry;
+        }
+        number
+    }
+
+    #[inline]
+    pub(super) fn finish(&mut self, number: u64, outcome: Outcome) {
+        let slot = self.slot(number);
+        if self.count - number <= self.capacity as u64
+            && let Some(entry) = self.ring.get_mut(slot)
+        {
+            entry.outcome = Some(outcome);
+        }
+    }
+
+    /// The last operations on `sector`, whose newest generation is `newest`, oldest first.
+    ///
+    /// The ring keeps no generations. But each write gave the sector the next one when it began, so that counting back from
+    /// the newest names them all.
+    pub(super) fn of_sector(&self, sector: u64, newest: Generation) -> Vec<PastOp> {
+        let mut left = newest;
+        let mut told = Vec::new();
+        for entry in self.newest_first().filter(|entry| entry.range.contains(sector)) {
+            let writes = matches!(entry.kind, OpKind::Write | OpKind::WriteFua);
+            let generation = writes.then_some(left);
+            if writes && left != 0 {
+                left = previous_generation(left);
+            }
+            told.push(PastOp {
+                worker: entry.op.worker,
+                op: Some(entry.op.index),
+                kind: entry.kind,
+                range: entry.range,
+                generation,
+                outcome: entry.outcome,
+            });
+            if told.len() == TOLD {
+                break;
+            }
+        }
+        told.reverse();
+        told
+    }
+
+    /// What the last acknowledged change of `sector` replaced, where the one before it was acknowledged too and nothing of
+    /// unknown fate was between or beside them.
+    pub(super) fn replaced(&self, sector: u64, newest: Generation) -> Option<Content> {
+        let mut left = newest;
+        let mut changes = 0;
+        for entry in self.newest_first().filter(|entry| entry.kind.changes() && entry.range.contains(sector)) {
+            let writes = matches!(entry.kind, OpKind::Write | OpKind::WriteFua);
+            if entry.outcome != Some(Outcome::Done) {
+                return None;
+            }
+            changes += 1;
+            if changes == 2 {
+                return Some(if writes { Content::Written(left) } else { Content::Zero });
+            }
+            if writes && left != 0 {
+                left = previous_generation(left);
+            }
+        }
+        None
+    }
+
+    fn newest_first(&self) -> impl Iterator<Item = Entry> {
+        let oldest = self.count - self.ring.len() as u64;
+        (oldest..self.count).rev().map(|number| self.ring[self.slot(number)])
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.capacity * size_of::<Entry>()
+    }
+
+    fn slot(&self, number: u64) -> usize {
+        (number % self.capacity as u64) as usize
+    }
+}

@@ -1,0 +1,518 @@
+//! The block layer and the ublk driver, between the operations of an application and a server.
+//!
+//! An operation is cut into requests by the device's limits; each waits in the queue of its worker, where a neighbour may
+//! join it, until a tag is free. The data of a write is copied into the tag's buffer, and the server is handed the
+//! request. What it commits is judged by the rules of the kernel's driver, and when all parts of an operation have ended,
+//! the application is told so, sooner or later.
+//!
+//! Whatever might happen next is drawn from a seed, one thing at a time, by whoever calls in.
+
+mod commit;
+mod death;
+mod dump;
+mod errno;
+mod request;
+mod split;
+#[cfg(test)]
+mod tests;
+
+use ublkit::{Geometry, Operation};
+
+use self::errno::EREMOTEIO;
+pub use self::errno::arrives_as;
+pub(crate) use self::errno::{EIO, EOPNOTSUPP, EPERM};
+pub(crate) use self::request::Bio;
+use self::request::{Queue, Request, Segment, Stage, State};
+use self::split::Limits;
+use crate::plan::OpKind;
+use crate::range::SectorRange;
+use crate::script::{Recovery, Setup};
+use crate::seed::{Seed, SeededRng};
+use crate::sim::oracles::OpId;
+use crate::sim::server::{Buffers, Commit, Server, TagId, Work};
+use crate::sim::subject::{Subject, Timing};
+use crate::sim::trace::{Trace, What};
+
+/// How many waiting requests are looked at for one to join, and how far a request may overtake others.
+const NEAR: usize = 64;
+const JOIN: usize = 4;
+
+/// What the driver did.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Counts {
+    pub(crate) splits: u64,
+    pub(crate) merges: u64,
+    pub(crate) requests: u64,
+    pub(crate) flush_requests: u64,
+    pub(crate) flushes_shared: u64,
+    pub(crate) held: u64,
+    pub(crate) short: u64,
+    pub(crate) clamped: u64,
+    pub(crate) requeued: u64,
+    pub(crate) refused_commits: u64,
+    pub(crate) reissued: u64,
+}
+
+#[derive(Debug)]
+pub(crate) struct Driver {
+    setup: Setup,
+    limits: Limits,
+    server: Option<Box<dyn Server>>,
+    /// The step at which there is a server again, after one died.
+    back_at: u64,
+    buffers: Buffers,
+    queues: Vec<Queue>,
+    /// Which request each tag has.
+    owners: Vec<Option<u32>>,
+    requests: Vec<Request>,
+    free_requests: Vec<u32>,
+    bios: Vec<Bio>,
+    free_bios: Vec<u32>,
+    /// Operations that have ended, and of which the application does not know.
+    finished: Vec<u32>,
+    /// Requests that are held back from the server.
+    held: Vec<u32>,
+    /// Empty but while the server works.
+    commits: Vec<Commit>,
+    rng: SeededRng,
+    server_rng: SeededRng,
+    pub(crate) now: u64,
+    pub(crate) counts: Counts,
+    /// Writes of which the application knows the end.
+    writes_ended: u64,
+    /// What `writes_ended` was when the server began to wait for memory.
+    starved_at: Option<u64>,
+}
+
+impl Driver {
+    pub(crate) fn new(setup: &Setup, geometry: Geometry, seed: Seed, slots: usize) -> Self {
+        let tags = usize::from(setup.queues) * usize::from(setup.queue_depth);
+        let bio = || Bio {
+            id: OpId::default(),
+            kind: OpKind::Read,
+            range: SectorRange::default(),
+            data: Vec::new(),
+            errno: 0,
+            began: 0,
+            progress: 0,
+            parts: 0,
+            stage: Stage::Free,
+        };
+        Self {
+            setup: *setup,
+            limits: Limits::new(setup.max_io_bytes, geometry),
+            server: None,
+            back_at: 0,
+            buffers: Buffers::new(setup.queues, setup.queue_depth, 0),
+            queues: (0..setup.queues).map(|_| Queue::default()).collect(),
+            owners: vec![None; tags],
+            requests: Vec::new(),
+            free_requests: Vec::new(),
+            bios: (0..slots).map(|_| bio()).collect(),
+            free_bios: (0..slots as u32).rev().collect(),
+            finished: Vec::new(),
+            held: Vec::new(),
+            commits: Vec::new(),
+            rng: seed.derive("driver", 0).rng(),
+            server_rng: seed.derive("server", 0).rng(),
+            now: 0,
+            counts: Counts::default(),
+            writes_ended: 0,
+            starved_at: None,
+        }
+    }
+
+    /// START: the device takes requests, once every tag is fetched.
+    ///
+    /// # Errors
+    /// A tag that is not, for which START waits for ever.
+    pub(crate) fn start(&mut self, server: Box<dyn Server>, geometry: Geometry) -> Result<(), TagId> {
+        let Setup { queues, queue_depth, max_io_bytes, .. } = self.setup;
+        self.limits = Limits::new(max_io_bytes, geometry);
+        let bytes = max_io_bytes.max(geometry.logical_block) as usize;
+        self.buffers = Buffers::new(queues, queue_depth, bytes);
+        self.owners.fill(None);
+        self.starved_at = None;
+        for (queue, number) in self.queues.iter_mut().zip(0_u16..) {
+            queue.free_tags.clear();
+            for tag in (0..queue_depth).rev() {
+                if !server.fetches(TagId { queue: number, tag }) {
+                    return Err(TagId { queue: number, tag });
+                }
+                queue.free_tags.push(tag);
+            }
+        }
+        self.server = Some(server);
+        Ok(())
+    }
+
+    /// The device ends in order: nothing is in flight.
+    pub(crate) fn stop(&mut self) {
+        self.server = None;
+    }
+
+    /// A free slot for an operation.
+    pub(crate) fn slot(&mut self) -> Option<u32> {
+        self.free_bios.pop()
+    }
+
+    pub(crate) fn bio(&self, slot: u32) -> &Bio {
+        &self.bios[slot as usize]
+    }
+
+    /// The buffer of the operation in a slot, of this length.
+    pub(crate) fn data_mut(&mut self, slot: u32, len: usize) -> &mut [u8] {
+        let data = &mut self.bios[slot as usize].data;
+        if data.len() < len {
+            data.resize(len, 0);
+        }
+        &mut data[..len]
+    }
+
+    /// Operations in flight.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.bios.len() - self.free_bios.len()
+    }
+
+    pub(crate) fn bios_in_flight(&self) -> impl Iterator<Item = (u32, &Bio)> {
+        (0..).zip(&self.bios).filter(|(_, bio)| bio.stage != Stage::Free)
+    }
+
+    /// Whether an operation in flight has a sector in common with `range`, and one of the two changes it.
+    pub(crate) fn overlaps(&self, kind: OpKind, range: SectorRange) -> bool {
+        self.in_flight() > 0
+            && self.bios.iter().any(|bio| {
+                bio.stage != Stage::Free && (bio.kind.changes() || kind.changes()) && bio.range.overlaps(range)
+            })
+    }
+
+    /// Takes an operation; its data is in the slot's buffer. Returns whether it was refused at the door.
+    pub(crate) fn submit(
+        &mut self,
+        slot: u32,
+        id: OpId,
+        kind: OpKind,
+        range: SectorRange,
+        trace: &mut Trace,
+    ) -> bool {
+        let now = self.now;
+        let bio = &mut self.bios[slot as usize];
+        (bio.id, bio.kind, bio.range, bio.errno, bio.parts) = (id, kind, range, 0, 1);
+        (bio.began, bio.progress, bio.stage) = (now, now, Stage::InFlight);
+        trace.note(What::Begin, [u64::from(id.worker) << 32 | kind as u64, range.first, range.sectors], || {
+            format!("{now}: worker {} begins #{} {kind} {range}", id.worker, id.index)
+        });
+        let refused = self.refusal(kind, range);
+        if refused == 0 {
+            self.cut(slot, kind, range, trace);
+        }
+        // The part that kept it alive until all others were made.
+        self.end_part(slot, refused);
+        refused != 0
+    }
+
+    /// The errno with which the block layer refuses an operation, or 0.
+    pub(crate) fn refusal(&self, kind: OpKind, range: SectorRange) -> i32 {
+        let geometry = self.limits.geometry();
+        if geometry.read_only && kind.changes() {
+            EPERM
+        } else if range.end() > geometry.sectors() {
+            EIO
+        } else if kind == OpKind::Discard && geometry.discard.is_none() {
+            EOPNOTSUPP
+        } else {
+            0
+        }
+    }
+
+    fn cut(&mut self, slot: u32, kind: OpKind, range: SectorRange, trace: &mut Trace) {
+        let Geometry { volatile_cache, fua, write_zeroes, .. } = *self.limits.geometry();
+        let queue = (self.bios[slot as usize].id.worker % u32::from(self.setup.queues)) as u16;
+        let (operation, durable) = match kind {
+            OpKind::Read => (Operation::Read, false),
+            OpKind::Write => (Operation::Write, false),
+            OpKind::WriteFua => (Operation::Write, volatile_cache),
+            OpKind::Discard => (Operation::Discard, false),
+            OpKind::WriteZeroes if write_zeroes.is_none() => {
+                self.data_mut(slot, range.len_bytes() as usize).fill(0);
+                (Operation::Write, false)
+            }
+            OpKind::WriteZeroes => (Operation::WriteZeroes, false),
+            OpKind::Flush => {
+                if volatile_cache {
+                    self.bios[slot as usize].parts += 1;
+                    if self.is_failing() {
+                        self.end_part(slot, EREMOTEIO);
+                    } else {
+                        self.queues[usize::from(queue)].flush_pending.push(slot);
+                    }
+                }
+                return;
+            }
+        };
+        let no_unmap = kind == OpKind::WriteZeroes && self.rng.chance(1, 2);
+        let (mut at, len) = (0, range.len_bytes());
+        while at < len {
+            let offset = range.offset_bytes() + at;
+            let piece = self.limits.first_piece(operation, offset, len - at);
+            self.counts.splits += u64::from(at > 0);
+            let segment = Segment { bio: slot, at, len: piece };
+            self.bios[slot as usize].parts += 1;
+            at += piece;
+            if self.is_failing() {
+                self.end_part(slot, EREMOTEIO);
+                continue;
+            }
+            let mergeable = self.setup.merges && !durable && operation != Operation::WriteZeroes;
+            if mergeable && self.join(queue, operation, offset, segment, trace) {
+                continue;
+            }
+            let index = self.new_request(operation, queue);
+            let request = &mut self.requests[index as usize];
+            (request.offset, request.left) = (offset, piece);
+            (request.fua, request.flush_after) = (durable && fua, durable && !fua);
+            (request.no_unmap, request.mergeable) = (no_unmap, mergeable);
+            request.segments.push(segment);
+            self.queues[usize::from(queue)].waiting.push_back(index);
+        }
+    }
+
+    /// Adds a part to a request that waits for its neighbour.
+    fn join(&mut self, queue: u16, operation: Operation, offset: u64, segment: Segment, trace: &mut Trace) -> bool {
+        let longest = match operation {
+            Operation::Discard => self.limits.geometry().discard.map_or(0, |limits| limits.max_bytes),
+            _ => u64::from(self.setup.max_io_bytes),
+        };
+        for index in self.queues[usize::from(queue)].waiting.iter().rev().take(JOIN) {
+            let request = &mut self.requests[*index as usize];
+            if !request.mergeable || request.operation != operation || request.left + segment.len > longest {
+                continue;
+            }
+            if request.offset + request.left == offset {
+                request.segments.push(segment);
+            } else if offset + segment.len == request.offset {
+                request.segments.insert(0, segment);
+                request.offset = offset;
+            } else {
+                continue;
+            }
+            request.left += segment.len;
+            self.counts.merges += 1;
+            trace.note(What::Merge, [u64::from(*index), offset, segment.len], || {
+                format!("{}: {} at {offset} joins another, now {} bytes", self.now, operation.name(), request.left)
+            });
+            return true;
+        }
+        false
+    }
+
+    fn new_request(&mut self, operation: Operation, queue: u16) -> u32 {
+        let index = self.free_requests.pop().unwrap_or_else(|| {
+            self.requests.push(Request::new());
+            self.requests.len() as u32 - 1
+        });
+        let request = &mut self.requests[index as usize];
+        request.segments.clear();
+        (request.operation, request.queue, request.state) = (operation, queue, State::Waiting);
+        (request.offset, request.left, request.first, request.skip) = (0, 0, 0, 0);
+        (request.fua, request.no_unmap, request.flush_after) = (false, false, false);
+        (request.mergeable, request.made) = (false, self.now);
+        self.counts.requests += 1;
+        index
+    }
+
+    /// Whether a request could be handed over, or a flush begun.
+    pub(crate) fn can_dispatch(&self) -> bool {
+        self.server.is_some() && self.queues.iter().any(Queue::is_ready)
+    }
+
+    /// Hands one waiting request over, or begins a flush.
+    pub(crate) fn dispatch(&mut self, subject: &mut dyn Subject, trace: &mut Trace) {
+        let count = self.queues.len();
+        let from = if count > 1 { self.rng.below(count as u64) as usize } else { 0 };
+        let Some(queue) = (from..from + count).map(|queue| queue % count).find(|at| self.queues[*at].is_ready())
+        else {
+            return;
+        };
+        self.begin_flush(queue as u16);
+        let waiting = &mut self.queues[queue].waiting;
+        let overtakes = waiting.len() > 1 && self.rng.chance(u64::from(self.setup.reorder), 100);
+        let at = if overtakes { self.rng.below(waiting.len().min(NEAR) as u64) as usize } else { 0 };
+        if self.queues[queue].free_tags.is_empty() {
+            return;
+        }
+        let Some(index) = self.queues[queue].waiting.remove(at) else { return };
+        let Some(tag) = self.queues[queue].free_tags.pop() else { return };
+        let request = &mut self.requests[index as usize];
+        request.tag = tag;
+        let id = TagId { queue: queue as u16, tag };
+        let owner = self.owner_index(id);
+        self.owners[owner] = Some(index);
+        let timing = subject.timing(&self.work(index));
+        let Some(timing) = timing else { return self.hand_over(index, trace) };
+        let until = match timing {
+            Timing::Delay(steps) => self.now + u64::from(steps),
+            Timing::Hold => u64::MAX,
+        };
+        self.requests[index as usize].state = State::Held(until);
+        self.held.push(index);
+        self.counts.held += 1;
+        trace.note(What::Hold, [u64::from(index), until, 0], || format!("{}: held: {timing:?}", self.now));
+    }
+
+    /// Begins a flush for everyone who waits for one; who comes later waits for the next.
+    fn begin_flush(&mut self, number: u16) {
+        let queue = &mut self.queues[usize::from(number)];
+        // Sometimes others are waited for.
+        if queue.flushing || queue.flush_pending.is_empty() || !queue.waiting.is_empty() && self.rng.chance(1, 2) {
+            return;
+        }
+        std::mem::swap(&mut queue.flush_pending, &mut queue.flush_running);
+        queue.flushing = true;
+        self.counts.flush_requests += 1;
+        self.counts.flushes_shared += queue.flush_running.len() as u64 - 1;
+        let index = self.new_request(Operation::Flush, number);
+        self.queues[usize::from(number)].waiting.push_front(index);
+    }
+
+    fn work(&self, index: u32) -> Work {
+        let request = &self.requests[index as usize];
+        Work {
+            tag: TagId { queue: request.queue, tag: request.tag },
+            operation: request.operation,
+            offset: request.offset,
+            len: request.left / 512 * 512,
+            fua: request.fua,
+            no_unmap: request.no_unmap,
+        }
+    }
+
+    fn owner_index(&self, tag: TagId) -> usize {
+        usize::from(tag.queue) * usize::from(self.setup.queue_depth) + usize::from(tag.tag)
+    }
+
+    /// Copies the data of a write into the tag's buffer and hands the request to the server.
+    fn hand_over(&mut self, index: u32, trace: &mut Trace) {
+        let work = self.work(index);
+        let request = &mut self.requests[index as usize];
+        request.state = State::AtServer;
+        if work.operation == Operation::Write {
+            let buffer = self.buffers.get_mut(work.tag);
+            let (mut skip, mut at) = (request.skip as usize, 0);
+            for segment in &request.segments[request.first..] {
+                let data = &self.bios[segment.bio as usize].data;
+                let data = &data[segment.at as usize + skip..(segment.at + segment.len) as usize];
+                buffer[at..at + data.len()].copy_from_slice(data);
+                at += data.len();
+                skip = 0;
+            }
+        }
+        let tag = u64::from(work.tag.queue) << 16 | u64::from(work.tag.tag);
+        trace.note(What::Dispatch, [tag, work.offset, work.len], || {
+            let Work { tag: TagId { queue, tag }, operation, offset, len, fua, .. } = work;
+            let fua = if fua { " fua" } else { "" };
+            format!("{}: queue {queue} tag {tag}: {}{fua} {offset}+{len}", self.now, operation.name())
+        });
+        if let Some(server) = &mut self.server {
+            server.take(work, &mut self.buffers);
+        }
+    }
+
+    /// Hands over what was held long enough; all of it with `all`.
+    pub(crate) fn release(&mut self, all: bool, trace: &mut Trace) {
+        let mut at = 0;
+        while let Some(index) = self.held.get(at).copied() {
+            match self.requests[index as usize].state {
+                State::Held(until) if !all && until > self.now => at += 1,
+                State::Held(_) => {
+                    self.held.remove(at);
+                    self.hand_over(index, trace);
+                }
+                _ => {
+                    self.held.remove(at);
+                }
+            }
+        }
+    }
+
+    /// Whether requests are held back.
+    pub(crate) fn holds(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Whether the server could do something.
+    pub(crate) fn can_step(&self) -> bool {
+        self.server.as_ref().is_some_and(|server| server.pending() > 0) && !self.starves()
+    }
+
+    /// Whether the server waits for memory, and nobody has given any back.
+    fn starves(&self) -> bool {
+        self.starved_at == Some(self.writes_ended)
+    }
+
+    /// Lets the server work a little, and takes what it commits.
+    pub(crate) fn step(&mut self, trace: &mut Trace) {
+        let Some(server) = &mut self.server else { return };
+        if self.setup.memory_pressure && self.starved_at.is_none() && server.allocates() && !server.io_flusher() {
+            let dirty = self.bios.iter().any(|bio| bio.stage != Stage::Free && bio.kind.changes());
+            if dirty {
+                self.starved_at = Some(self.writes_ended);
+                return;
+            }
+        }
+        self.starved_at = None;
+        let mut commits = std::mem::take(&mut self.commits);
+        server.step(&mut self.buffers, &mut self.server_rng, &mut commits);
+        for commit in commits.drain(..) {
+            self.commit(commit, trace);
+        }
+        self.commits = commits;
+    }
+
+    /// Whether there is something to tell the application.
+    pub(crate) fn can_deliver(&self) -> bool {
+        !self.finished.is_empty()
+    }
+
+    /// The next operation whose end the application hears of. Its slot is given back with [`free`](Self::free).
+    pub(crate) fn deliver(&mut self) -> Option<u32> {
+        let strays = self.finished.len() > 1 && self.rng.chance(u64::from(self.setup.reorder), 100);
+        let at = if strays { self.rng.below(self.finished.len() as u64) as usize } else { 0 };
+        if self.finished.is_empty() {
+            return None;
+        }
+        let slot = self.finished.remove(at);
+        self.writes_ended += u64::from(self.bios[slot as usize].kind.changes());
+        Some(slot)
+    }
+
+    pub(crate) fn free(&mut self, slot: u32) {
+        self.bios[slot as usize].stage = Stage::Free;
+        self.free_bios.push(slot);
+    }
+
+    fn end_part(&mut self, slot: u32, errno: i32) {
+        let bio = &mut self.bios[slot as usize];
+        bio.progress = self.now;
+        if bio.errno == 0 {
+            bio.errno = errno;
+        }
+        bio.parts -= 1;
+        if bio.parts == 0 {
+            bio.stage = Stage::Finished;
+            self.finished.push(slot);
+        }
+    }
+
+    /// Whether there is no server, and the device fails what comes.
+    fn is_failing(&self) -> bool {
+        self.server.is_none() && self.setup.recovery == Recovery::FailIo
+    }
+}
+
+impl Queue {
+    /// Whether a request could be handed over, or a flush begun.
+    fn is_ready(&self) -> bool {
+        !self.flushing && !self.flush_pending.is_empty() || !self.waiting.is_empty() && !self.free_tags.is_empty()
+    }
+}

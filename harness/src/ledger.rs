@@ -234,13 +234,7 @@ impl Ledger {
         verified
     }
 
-    fn check(
-        &mut self,
-        op: OpId,
-        range: SectorRange,
-        began: Stamp,
-        data: &[u8],
-    ) -> Result<Verified, Box<Mismatch>> {
+    fn check(&mut self, op: OpId, range: SectorRange, began: Stamp, data: &[u8]) -> Result<Verified, Box<Mismatch>> {
         assert_eq!(data.len() as u64, range.len_bytes(), "the data is as long as the range");
         let mut looked = Looked::default();
         let block_bytes = self.options.block_sectors as usize * SECTOR;
@@ -249,7 +243,8 @@ impl Ledger {
             let right = match self.linear.settled(block) {
                 Some(Content::Unknown) => {
                     looked.unknown += 1;
-                    true
+                    self.after_cut.remove(&block);
+                    continue;
                 }
                 Some(content) => self.holds(block, bytes, content),
                 None => false,

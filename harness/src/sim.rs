@@ -10,7 +10,6 @@ pub mod medium;
 mod oracles;
 pub mod run;
 pub mod server;
-mod stub;
 pub mod subject;
 mod trace;
 
@@ -18,4 +17,4 @@ pub use self::driver::arrives_as;
 pub use self::medium::{Medium, MediumDisk, MediumOptions};
 pub use self::run::{Ran, RunOptions, SimFailure, run};
 pub use self::server::{Buffers, Commit, PlainServer, Server, TagId, Work};
-pub use self::subject::{MediumSubject, Open, Subject, Timing};
+pub use self::subject::{MediumSubject, Open, Subject};

@@ -13,29 +13,30 @@ mod dump;
 mod errno;
 mod request;
 mod split;
+mod submit;
 #[cfg(test)]
 mod tests;
 
 use ublkit::{Geometry, Operation};
 
-use self::errno::EREMOTEIO;
 pub use self::errno::arrives_as;
-pub(crate) use self::errno::{EIO, EOPNOTSUPP, EPERM};
+use self::errno::{EIO, EREMOTEIO};
 pub(crate) use self::request::Bio;
-use self::request::{Queue, Request, Segment, Stage, State};
+use self::request::{Queue, Request, Stage, State, Until};
 use self::split::Limits;
+use crate::fault::{Faults, Timing};
+use crate::ledger::OpId;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::script::{Recovery, Setup};
 use crate::seed::{Seed, SeededRng};
-use crate::sim::oracles::OpId;
 use crate::sim::server::{Buffers, Commit, Server, TagId, Work};
-use crate::sim::subject::{Subject, Timing};
 use crate::sim::trace::{Trace, What};
 
-/// How many waiting requests are looked at for one to join, and how far a request may overtake others.
+/// How far a request may overtake others.
 const NEAR: usize = 64;
-const JOIN: usize = 4;
+/// In how many steps one of the requests that are held is released.
+const RELEASE: u64 = 512;
 
 /// What the driver did.
 #[derive(Clone, Copy, Debug, Default)]
@@ -58,6 +59,7 @@ pub(crate) struct Driver {
     setup: Setup,
     limits: Limits,
     server: Option<Box<dyn Server>>,
+    faults: Option<Faults>,
     /// The step at which there is a server again, after one died.
     back_at: u64,
     buffers: Buffers,
@@ -80,12 +82,14 @@ pub(crate) struct Driver {
     pub(crate) counts: Counts,
     /// Writes of which the application knows the end.
     writes_ended: u64,
+    /// Errors are the driver's own for now.
+    excuse: bool,
     /// What `writes_ended` was when the server began to wait for memory.
     starved_at: Option<u64>,
 }
 
 impl Driver {
-    pub(crate) fn new(setup: &Setup, geometry: Geometry, seed: Seed, slots: usize) -> Self {
+    pub(crate) fn new(setup: &Setup, geometry: Geometry, seed: Seed, slots: usize, faults: Option<Faults>) -> Self {
         let tags = usize::from(setup.queues) * usize::from(setup.queue_depth);
         let bio = || Bio {
             id: OpId::default(),
@@ -97,11 +101,13 @@ impl Driver {
             progress: 0,
             parts: 0,
             stage: Stage::Free,
+            excused: false,
         };
         Self {
             setup: *setup,
             limits: Limits::new(setup.max_io_bytes, geometry),
             server: None,
+            faults,
             back_at: 0,
             buffers: Buffers::new(setup.queues, setup.queue_depth, 0),
             queues: (0..setup.queues).map(|_| Queue::default()).collect(),
@@ -118,6 +124,7 @@ impl Driver {
             now: 0,
             counts: Counts::default(),
             writes_ended: 0,
+            excuse: false,
             starved_at: None,
         }
     }
@@ -186,126 +193,6 @@ impl Driver {
             })
     }
 
-    /// Takes an operation; its data is in the slot's buffer. Returns whether it was refused at the door.
-    pub(crate) fn submit(
-        &mut self,
-        slot: u32,
-        id: OpId,
-        kind: OpKind,
-        range: SectorRange,
-        trace: &mut Trace,
-    ) -> bool {
-        let now = self.now;
-        let bio = &mut self.bios[slot as usize];
-        (bio.id, bio.kind, bio.range, bio.errno, bio.parts) = (id, kind, range, 0, 1);
-        (bio.began, bio.progress, bio.stage) = (now, now, Stage::InFlight);
-        trace.note(What::Begin, [u64::from(id.worker) << 32 | kind as u64, range.first, range.sectors], || {
-            format!("{now}: worker {} begins #{} {kind} {range}", id.worker, id.index)
-        });
-        let refused = self.refusal(kind, range);
-        if refused == 0 {
-            self.cut(slot, kind, range, trace);
-        }
-        // The part that kept it alive until all others were made.
-        self.end_part(slot, refused);
-        refused != 0
-    }
-
-    /// The errno with which the block layer refuses an operation, or 0.
-    pub(crate) fn refusal(&self, kind: OpKind, range: SectorRange) -> i32 {
-        let geometry = self.limits.geometry();
-        if geometry.read_only && kind.changes() {
-            EPERM
-        } else if range.end() > geometry.sectors() {
-            EIO
-        } else if kind == OpKind::Discard && geometry.discard.is_none() {
-            EOPNOTSUPP
-        } else {
-            0
-        }
-    }
-
-    fn cut(&mut self, slot: u32, kind: OpKind, range: SectorRange, trace: &mut Trace) {
-        let Geometry { volatile_cache, fua, write_zeroes, .. } = *self.limits.geometry();
-        let queue = (self.bios[slot as usize].id.worker % u32::from(self.setup.queues)) as u16;
-        let (operation, durable) = match kind {
-            OpKind::Read => (Operation::Read, false),
-            OpKind::Write => (Operation::Write, false),
-            OpKind::WriteFua => (Operation::Write, volatile_cache),
-            OpKind::Discard => (Operation::Discard, false),
-            OpKind::WriteZeroes if write_zeroes.is_none() => {
-                self.data_mut(slot, range.len_bytes() as usize).fill(0);
-                (Operation::Write, false)
-            }
-            OpKind::WriteZeroes => (Operation::WriteZeroes, false),
-            OpKind::Flush => {
-                if volatile_cache {
-                    self.bios[slot as usize].parts += 1;
-                    if self.is_failing() {
-                        self.end_part(slot, EREMOTEIO);
-                    } else {
-                        self.queues[usize::from(queue)].flush_pending.push(slot);
-                    }
-                }
-                return;
-            }
-        };
-        let no_unmap = kind == OpKind::WriteZeroes && self.rng.chance(1, 2);
-        let (mut at, len) = (0, range.len_bytes());
-        while at < len {
-            let offset = range.offset_bytes() + at;
-            let piece = self.limits.first_piece(operation, offset, len - at);
-            self.counts.splits += u64::from(at > 0);
-            let segment = Segment { bio: slot, at, len: piece };
-            self.bios[slot as usize].parts += 1;
-            at += piece;
-            if self.is_failing() {
-                self.end_part(slot, EREMOTEIO);
-                continue;
-            }
-            let mergeable = self.setup.merges && !durable && operation != Operation::WriteZeroes;
-            if mergeable && self.join(queue, operation, offset, segment, trace) {
-                continue;
-            }
-            let index = self.new_request(operation, queue);
-            let request = &mut self.requests[index as usize];
-            (request.offset, request.left) = (offset, piece);
-            (request.fua, request.flush_after) = (durable && fua, durable && !fua);
-            (request.no_unmap, request.mergeable) = (no_unmap, mergeable);
-            request.segments.push(segment);
-            self.queues[usize::from(queue)].waiting.push_back(index);
-        }
-    }
-
-    /// Adds a part to a request that waits for its neighbour.
-    fn join(&mut self, queue: u16, operation: Operation, offset: u64, segment: Segment, trace: &mut Trace) -> bool {
-        let longest = match operation {
-            Operation::Discard => self.limits.geometry().discard.map_or(0, |limits| limits.max_bytes),
-            _ => u64::from(self.setup.max_io_bytes),
-        };
-        for index in self.queues[usize::from(queue)].waiting.iter().rev().take(JOIN) {
-            let request = &mut self.requests[*index as usize];
-            if !request.mergeable || request.operation != operation || request.left + segment.len > longest {
-                continue;
-            }
-            if request.offset + request.left == offset {
-                request.segments.push(segment);
-            } else if offset + segment.len == request.offset {
-                request.segments.insert(0, segment);
-                request.offset = offset;
-            } else {
-                continue;
-            }
-            request.left += segment.len;
-            self.counts.merges += 1;
-            trace.note(What::Merge, [u64::from(*index), offset, segment.len], || {
-                format!("{}: {} at {offset} joins another, now {} bytes", self.now, operation.name(), request.left)
-            });
-            return true;
-        }
-        false
-    }
-
     fn new_request(&mut self, operation: Operation, queue: u16) -> u32 {
         let index = self.free_requests.pop().unwrap_or_else(|| {
             self.requests.push(Request::new());
@@ -316,7 +203,7 @@ impl Driver {
         (request.operation, request.queue, request.state) = (operation, queue, State::Waiting);
         (request.offset, request.left, request.first, request.skip) = (0, 0, 0, 0);
         (request.fua, request.no_unmap, request.flush_after) = (false, false, false);
-        (request.mergeable, request.made) = (false, self.now);
+        (request.mergeable, request.made, request.limit) = (false, self.now, u64::MAX);
         self.counts.requests += 1;
         index
     }
@@ -327,7 +214,7 @@ impl Driver {
     }
 
     /// Hands one waiting request over, or begins a flush.
-    pub(crate) fn dispatch(&mut self, subject: &mut dyn Subject, trace: &mut Trace) {
+    pub(crate) fn dispatch(&mut self, trace: &mut Trace) {
         let count = self.queues.len();
         let from = if count > 1 { self.rng.below(count as u64) as usize } else { 0 };
         let Some(queue) = (from..from + count).map(|queue| queue % count).find(|at| self.queues[*at].is_ready())
@@ -348,16 +235,35 @@ impl Driver {
         let id = TagId { queue: queue as u16, tag };
         let owner = self.owner_index(id);
         self.owners[owner] = Some(index);
-        let timing = subject.timing(&self.work(index));
-        let Some(timing) = timing else { return self.hand_over(index, trace) };
+        let Some(timing) = self.timing(index) else { return self.hand_over(index, trace) };
         let until = match timing {
-            Timing::Delay(steps) => self.now + u64::from(steps),
-            Timing::Hold => u64::MAX,
+            Timing::Delay(steps) => Until::Step(self.now.saturating_add(steps)),
+            Timing::Hold(hold) => Until::Released(hold),
+            Timing::Short { blocks } => {
+                let block = u64::from(self.limits.geometry().logical_block);
+                self.requests[index as usize].limit = blocks.max(1) * block;
+                return self.hand_over(index, trace);
+            }
         };
         self.requests[index as usize].state = State::Held(until);
         self.held.push(index);
         self.counts.held += 1;
-        trace.note(What::Hold, [u64::from(index), until, 0], || format!("{}: held: {timing:?}", self.now));
+        trace.note(What::Hold, [u64::from(index), 0, 0], || format!("{}: held: {timing:?}", self.now));
+    }
+
+    /// What the faults say of a request.
+    fn timing(&self, index: u32) -> Option<Timing> {
+        let faults = self.faults.as_ref()?;
+        let work = self.work(index);
+        let kind = match work.operation {
+            Operation::Read => OpKind::Read,
+            Operation::Write if work.fua => OpKind::WriteFua,
+            Operation::Write => OpKind::Write,
+            Operation::Discard => OpKind::Discard,
+            Operation::WriteZeroes => OpKind::WriteZeroes,
+            _ => OpKind::Flush,
+        };
+        faults.timing(kind, SectorRange::new(work.offset / 512, work.len / 512))
     }
 
     /// Begins a flush for everyone who waits for one; who comes later waits for the next.
@@ -381,7 +287,7 @@ impl Driver {
             tag: TagId { queue: request.queue, tag: request.tag },
             operation: request.operation,
             offset: request.offset,
-            len: request.left / 512 * 512,
+            len: request.left.min(request.limit) / 512 * 512,
             fua: request.fua,
             no_unmap: request.no_unmap,
         }
@@ -396,14 +302,16 @@ impl Driver {
         let work = self.work(index);
         let request = &mut self.requests[index as usize];
         request.state = State::AtServer;
+        request.limit = u64::MAX;
         if work.operation == Operation::Write {
-            let buffer = self.buffers.get_mut(work.tag);
+            let buffer = &mut self.buffers.get_mut(work.tag)[..work.len as usize];
             let (mut skip, mut at) = (request.skip as usize, 0);
             for segment in &request.segments[request.first..] {
                 let data = &self.bios[segment.bio as usize].data;
                 let data = &data[segment.at as usize + skip..(segment.at + segment.len) as usize];
-                buffer[at..at + data.len()].copy_from_slice(data);
-                at += data.len();
+                let take = data.len().min(buffer.len() - at);
+                buffer[at..at + take].copy_from_slice(&data[..take]);
+                at += take;
                 skip = 0;
             }
         }
@@ -420,10 +328,17 @@ impl Driver {
 
     /// Hands over what was held long enough; all of it with `all`.
     pub(crate) fn release(&mut self, all: bool, trace: &mut Trace) {
+        if let Some(faults) = self.faults.as_ref() {
+            if all {
+                faults.release_all();
+            } else if self.rng.chance(1, RELEASE) {
+                faults.release_oldest();
+            }
+        }
         let mut at = 0;
         while let Some(index) = self.held.get(at).copied() {
             match self.requests[index as usize].state {
-                State::Held(until) if !all && until > self.now => at += 1,
+                State::Held(until) if !all && self.is_held(until) => at += 1,
                 State::Held(_) => {
                     self.held.remove(at);
                     self.hand_over(index, trace);
@@ -432,6 +347,13 @@ impl Driver {
                     self.held.remove(at);
                 }
             }
+        }
+    }
+
+    fn is_held(&self, until: Until) -> bool {
+        match until {
+            Until::Step(step) => step > self.now,
+            Until::Released(hold) => self.faults.as_ref().is_some_and(|faults| !faults.released(hold)),
         }
     }
 
@@ -496,6 +418,7 @@ impl Driver {
         bio.progress = self.now;
         if bio.errno == 0 {
             bio.errno = errno;
+            bio.excused = self.excuse;
         }
         bio.parts -= 1;
         if bio.parts == 0 {

@@ -2,7 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::errors::{ErrorLedger, ErrorOptions, Seen};
 use crate::event::{Event, Finding, Hang};
+use crate::fault::{Faults, Injection};
+use crate::ledger::{Ledger, LedgerOptions, OpId, Ticket};
 use crate::mismatch::Mismatch;
 use crate::oracle::{Oracle, Oracles};
 use crate::outcome::Outcome;
@@ -13,8 +16,11 @@ use crate::sector::{Pattern, SECTOR};
 use crate::seed::Seed;
 use crate::shadow::{DiscardPromise, Verified};
 use crate::sim::calls::{Call, CallLog};
-pub(crate) use crate::sim::stub::{Ledger, LedgerOptions, OpId, Ticket};
+use crate::sim::driver::Bio;
 use crate::stamp::Stamp;
+
+/// After how many operations it is looked what can be judged for good.
+const HORIZON: u32 = 256;
 
 /// What a run ended with, and whose operation it was.
 pub(crate) type Failure = Box<(Oracle, Event, Option<OpId>)>;
@@ -35,6 +41,14 @@ pub(crate) struct Ended {
     pub(crate) range: SectorRange,
     /// 0 for success.
     pub(crate) errno: i32,
+    /// The error is the driver's own, as when a server died.
+    pub(crate) excused: bool,
+}
+
+impl Ended {
+    pub(crate) fn of(bio: &Bio) -> Self {
+        Self { op: bio.id, kind: bio.kind, range: bio.range, errno: bio.errno, excused: bio.excused }
+    }
 }
 
 /// All oracles of a run.
@@ -43,6 +57,14 @@ pub(crate) struct Judges {
     oracles: Oracles,
     ledger: Ledger,
     clock: CallLog,
+    faults: Option<Faults>,
+    /// `None` where nobody is to judge errors.
+    errors: Option<ErrorLedger>,
+    /// When operations in flight began, and how many have ended since it was last looked.
+    in_flight: Vec<Stamp>,
+    ended: u32,
+    /// How many faults were made.
+    pub(crate) injections: u64,
 }
 
 impl Judges {
@@ -53,6 +75,7 @@ impl Judges {
         foreign: Arc<[Pattern]>,
         initially_zero: bool,
         clock: Option<CallLog>,
+        faults: Option<Faults>,
     ) -> Self {
         let region = SectorRange::device(setup.bytes);
         let ledger = Ledger::new(LedgerOptions {
@@ -67,7 +90,17 @@ impl Judges {
             torn_by_races: false,
             oracles,
         });
-        Self { oracles, ledger, clock: clock.unwrap_or_default() }
+        let errors = oracles.has(Oracle::Errors).then(|| ErrorLedger::new(ErrorOptions::default()));
+        Self {
+            oracles,
+            ledger,
+            clock: clock.unwrap_or_default(),
+            faults,
+            errors,
+            in_flight: Vec::new(),
+            ended: 0,
+            injections: 0,
+        }
     }
 
     /// An operation of the application begins; fills the payload of a write.
@@ -78,14 +111,18 @@ impl Judges {
         range: SectorRange,
         payload: &mut [u8],
     ) -> Watched {
-        Watched { ticket: self.ledger.begin(op, kind, range, payload), began: self.clock.tick() }
+        let watched = Watched { ticket: self.ledger.begin(op, kind, range, payload), began: self.clock.tick() };
+        self.in_flight.push(watched.began);
+        watched
     }
 
     /// An operation of the application ended; a read that was right returned `data`.
     pub(crate) fn observe_end(&mut self, watched: Watched, ended: Ended, data: &[u8]) -> Result<Verified, Failure> {
         let Watched { ticket, began } = watched;
         let now = self.clock.tick();
-        self.observe_result(ended, began, now);
+        let seen = if ended.errno == 0 { Seen::Done } else { Seen::Failed(ended.errno) };
+        self.observe_result(ended, seen, began, now);
+        self.observe_horizon()?;
         match (ended.errno, ended.kind) {
             (0, OpKind::Read) => {
                 return self.ledger.end_read(ticket, data).map_err(|mismatch| wrong(ended.op, mismatch));
@@ -96,27 +133,78 @@ impl Judges {
         Ok(Verified::default())
     }
 
-    /// An operation of the application will not be heard of again.
-    pub(crate) fn observe_lost(&mut self, watched: Watched) {
+    /// An operation of the application will not be heard of again: the power was cut.
+    pub(crate) fn observe_lost(&mut self, watched: Watched, ended: Ended) {
+        let now = self.clock.tick();
+        self.observe_result(ended, Seen::Unknown, watched.began, now);
         self.ledger.end(watched.ticket, Outcome::Unknown);
     }
 
     /// The result that the application saw, for the oracles of errors and of flushes.
-    #[expect(clippy::unused_self, reason = "where other oracles are told")]
-    fn observe_result(&mut self, ended: Ended, began: Stamp, now: Stamp) {
-        let _ = (ended, began, now);
+    fn observe_result(&mut self, ended: Ended, seen: Seen, began: Stamp, now: Stamp) {
+        if let Some(at) = self.in_flight.iter().position(|other| *other == began) {
+            self.in_flight.swap_remove(at);
+        }
+        let Some(errors) = &mut self.errors else { return };
+        if ended.excused {
+            errors.excuse(ended.op, None, "the driver itself");
+        }
+        errors.observed(ended.op, ended.kind, ended.range, seen, began, now);
     }
 
-    /// A call that reached the storage, for the oracles of errors and of flushes.
-    #[expect(clippy::unused_self, reason = "where other oracles are told")]
-    pub(crate) fn observe_call(&mut self, call: Call) {
+    /// Now and then: what can be judged for good.
+    fn observe_horizon(&mut self) -> Result<(), Failure> {
+        self.ended += 1;
+        if self.ended < HORIZON {
+            return Ok(());
+        }
+        self.ended = 0;
+        let now = self.clock.tick();
+        let oldest = self.in_flight.iter().copied().min().unwrap_or(now);
+        let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.horizon(oldest));
+        errors.map_err(|finding| found(Oracle::Errors, finding))
+    }
+
+    /// A call that reached the storage, for the oracle of flushes.
+    #[expect(clippy::unused_self, reason = "where the oracle of flushes is told")]
+    fn observe_call(&mut self, call: Call) {
         let _ = call;
     }
 
-    /// The calls that reached the storage since the last time.
+    /// A fault that was made, for the oracle of errors.
+    fn observe_injection(&mut self, injection: &Injection) {
+        self.injections += 1;
+        if let Some(errors) = &mut self.errors {
+            errors.injected(injection, injection.began, injection.ended);
+        }
+    }
+
+    /// The calls that reached the storage and the faults that were made since the last time.
     pub(crate) fn observe_calls(&mut self) {
         let clock = self.clock.clone();
         clock.drain(|call| self.observe_call(call));
+        let injections = self.faults.as_ref().map(Faults::take_injections).unwrap_or_default();
+        for injection in &injections {
+            self.observe_injection(injection);
+        }
+    }
+
+    /// The server died.
+    pub(crate) fn observe_death(&mut self) {
+        let now = self.clock.tick();
+        if let Some(errors) = &mut self.errors {
+            errors.server_died(now);
+        }
+    }
+
+    /// Faults from now on, or none.
+    pub(crate) fn observe_switch(&mut self, on: bool) {
+        let now = self.clock.tick();
+        match &mut self.errors {
+            Some(errors) if on => errors.faults_on(now),
+            Some(errors) => errors.faults_off(now),
+            None => {}
+        }
     }
 
     /// The power was cut and is back. Nothing is in flight.
@@ -124,11 +212,11 @@ impl Judges {
         self.ledger.power_cut();
     }
 
-    /// The run is over, and everything has ended: what the oracles of errors and of flushes have to say.
-    #[expect(clippy::unnecessary_wraps, reason = "where other oracles judge")]
+    /// The run is over, and everything has ended.
     pub(crate) fn observe_finish(&mut self) -> Result<(), Failure> {
         self.observe_calls();
-        Ok(())
+        let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.judge().map(drop));
+        errors.map_err(|finding| found(Oracle::Errors, finding))
     }
 
     /// Something is not given back, or not kept, unless nobody is to judge that.
@@ -137,7 +225,7 @@ impl Judges {
             return Ok(());
         }
         let finding = Finding { oracle: Oracle::Resources.name().to_owned(), what: what.to_owned(), detail };
-        Err(Box::new((Oracle::Resources, Event::Finding(finding), None)))
+        Err(found(Oracle::Resources, finding))
     }
 
     /// Something does not end. The run does, whoever judges.
@@ -147,7 +235,11 @@ impl Judges {
     }
 }
 
+fn found(oracle: Oracle, finding: Finding) -> Failure {
+    Box::new((oracle, Event::Finding(finding), None))
+}
+
 fn wrong(op: OpId, mismatch: Box<Mismatch>) -> Failure {
-    let oracle = mismatch.oracle();
+    let oracle = mismatch.oracle;
     Box::new((oracle, Event::Mismatch(mismatch), Some(op)))
 }

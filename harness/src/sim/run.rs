@@ -2,12 +2,13 @@
 
 mod acts;
 #[cfg(test)]
-mod tests;
+pub(in crate::sim) mod tests;
 
 use std::iter::Peekable;
 use std::sync::Arc;
 
 use crate::event::Event;
+use crate::ledger::OpId;
 use crate::oracle::{Oracle, Oracles};
 use crate::plan::OpKind;
 use crate::range::SectorRange;
@@ -17,7 +18,7 @@ use crate::seed::{Seed, SeededRng};
 use crate::sim::driver::Driver;
 use crate::sim::ids::Ids;
 use crate::sim::medium::{Medium, MediumOptions};
-use crate::sim::oracles::{Ended, Failure, Judges, OpId, Watched};
+use crate::sim::oracles::{Ended, Failure, Judges, Watched};
 use crate::sim::subject::{Open, Subject};
 use crate::sim::trace::{Trace, What};
 use crate::vacuity::Evidence;
@@ -173,13 +174,13 @@ impl<'a> Run<'a> {
         let mut rng = seed.derive("simulator", 0).rng();
         let mut weight = || 1 << rng.below(5);
         let weights = Weights { issue: weight(), dispatch: weight(), step: weight(), deliver: weight() };
-        let clock = subject.calls().cloned();
-        let judges =
-            Judges::new(&setup, seed, options.oracles, options.foreign.clone(), subject.initially_zero(), clock);
+        let (clock, faults) = (subject.calls().cloned(), subject.faults().cloned());
+        let zero = subject.initially_zero();
+        let judges = Judges::new(&setup, seed, options.oracles, options.foreign.clone(), zero, clock, faults.clone());
         Self {
             setup,
             options: options.clone(),
-            driver: Driver::new(&setup, subject.geometry(), seed, slots),
+            driver: Driver::new(&setup, subject.geometry(), seed, slots, faults),
             subject,
             medium,
             judges,
@@ -233,7 +234,7 @@ impl<'a> Run<'a> {
         if drawn < issue {
             self.issue(actions)?;
         } else if drawn < dispatch {
-            self.driver.dispatch(self.subject, &mut self.trace);
+            self.driver.dispatch(&mut self.trace);
         } else if drawn < step {
             self.driver.step(&mut self.trace);
             self.judges.observe_calls();
@@ -328,11 +329,15 @@ impl<'a> Run<'a> {
 
     fn deliver(&mut self, slot: u32) -> Result<(), Stop> {
         let bio = self.driver.bio(slot);
-        let ended = Ended { op: bio.id, kind: bio.kind, range: bio.range, errno: bio.errno };
+        let ended = Ended::of(bio);
         let worker = bio.id.worker as usize;
         let now = self.driver.now;
         self.trace.note(What::End, [u64::from(bio.id.worker), bio.id.index, bio.errno as u64], || {
-            let result = if ended.errno == 0 { "done".to_owned() } else { format!("errno {}", ended.errno) };
+            let result = match (ended.errno, ended.excused) {
+                (0, _) => "done".to_owned(),
+                (errno, false) => format!("errno {errno}"),
+                (errno, true) => format!("errno {errno}, of the driver itself"),
+            };
             format!("{now}: worker {} #{} {}: {result}", ended.op.worker, ended.op.index, ended.kind)
         });
         self.counts.failed += u64::from(ended.errno != 0);
@@ -391,6 +396,7 @@ impl<'a> Run<'a> {
             ("requeued", driver.requeued),
             ("refused_commits", driver.refused_commits),
             ("reissued", driver.reissued),
+            ("injections", self.judges.injections),
             ("steps", self.driver.now),
         ] {
             evidence.add(name, count);

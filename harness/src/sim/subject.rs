@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use ublkit::{Backend, DiscardLimits, Geometry};
 
+use crate::fault::{FaultPlan, Faults};
 use crate::script::Setup;
+use crate::seed::Seed;
 use crate::sim::calls::{CallLog, ObservedCalls};
 use crate::sim::medium::{Medium, MediumDisk};
-use crate::sim::server::{PlainServer, Server, Work};
+use crate::sim::server::{PlainServer, Server};
 
 /// Why a server is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -21,15 +23,6 @@ pub enum Open {
     AfterKill,
     /// The device was closed in order.
     Reopen,
-}
-
-/// A request that the server is not to see at once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Timing {
-    /// Not for so many steps.
-    Delay(u32),
-    /// Not until everything that is held is released.
-    Hold,
 }
 
 /// Whatever makes servers.
@@ -56,15 +49,10 @@ pub trait Subject {
         true
     }
 
-    /// How long a request is held back before the server sees it.
-    fn timing(&mut self, work: &Work) -> Option<Timing> {
-        let _ = work;
+    /// The faults that it has. Those of time, which are delays, requests that are held and short results, are the
+    /// simulator's to make.
+    fn faults(&self) -> Option<&Faults> {
         None
-    }
-
-    /// Faults from now on, or none.
-    fn faults(&mut self, on: bool) {
-        let _ = on;
     }
 
     /// What reaches its storage, if that is watched.
@@ -81,9 +69,10 @@ pub type WrapServer<'a> = Box<dyn FnMut(Box<dyn Server>, &Medium, Open) -> Box<d
 
 /// The right server on the right backend of a medium, and whatever is put around them.
 pub struct MediumSubject<'a> {
-    geometry: Geometry,
+    described: Geometry,
     reorder: u8,
     calls: CallLog,
+    faults: Option<Faults>,
     wrap_backend: Option<WrapBackend<'a>>,
     wrap_server: Option<WrapServer<'a>>,
     /// What the backend that was opened last declares.
@@ -94,10 +83,18 @@ impl<'a> MediumSubject<'a> {
     /// The device that `setup` describes.
     #[must_use]
     pub fn new(setup: &Setup) -> Self {
-        let geometry = geometry_of(setup);
+        let described = geometry_of(setup);
         let reorder = setup.reorder;
         let calls = CallLog::default();
-        Self { geometry, reorder, calls, wrap_backend: None, wrap_server: None, declared: geometry }
+        Self { described, reorder, calls, faults: None, wrap_backend: None, wrap_server: None, declared: described }
+    }
+
+    /// Plants the faults of `plan` above the storage, and below whatever is put around it.
+    #[must_use]
+    pub fn with_faults(mut self, plan: FaultPlan, seed: Seed) -> Self {
+        let clock = self.calls.clone();
+        self.faults = Some(Faults::with_clock(plan, seed, Arc::new(move || clock.tick())));
+        self
     }
 
     /// Puts something around every backend.
@@ -123,8 +120,11 @@ impl Subject for MediumSubject<'_> {
     /// Without a medium.
     fn open(&mut self, medium: Option<&Medium>, why: Open) -> Box<dyn Server> {
         let medium = medium.expect("whoever uses a medium is given one");
-        let disk = MediumDisk::new(medium.clone(), self.geometry);
+        let disk = MediumDisk::new(medium.clone(), self.described);
         let mut backend: Arc<dyn Backend> = Arc::new(ObservedCalls::new(disk, self.calls.clone()));
+        if let Some(faults) = &self.faults {
+            backend = Arc::new(faults.backend(backend));
+        }
         if let Some(wrap) = &mut self.wrap_backend {
             backend = wrap(backend, medium, why);
         }
@@ -140,6 +140,10 @@ impl Subject for MediumSubject<'_> {
         self.declared
     }
 
+    fn faults(&self) -> Option<&Faults> {
+        self.faults.as_ref()
+    }
+
     fn calls(&self) -> Option<&CallLog> {
         Some(&self.calls)
     }
@@ -147,7 +151,7 @@ impl Subject for MediumSubject<'_> {
 
 impl fmt::Debug for MediumSubject<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("MediumSubject").field("geometry", &self.geometry).finish_non_exhaustive()
+        f.debug_struct("MediumSubject").field("geometry", &self.described).finish_non_exhaustive()
     }
 }
 

@@ -1,6 +1,6 @@
 //! What becomes of requests when a server dies, or the machine.
 
-use super::{Driver, EIO, EREMOTEIO, Operation, Stage, State};
+use super::{Bio, Driver, EIO, EREMOTEIO, Operation, Stage, State, Until};
 use crate::script::Recovery;
 use crate::sim::trace::{Trace, What};
 
@@ -17,6 +17,7 @@ impl Driver {
         trace.note(What::Kill, [self.now, 0, 0], || format!("{}: the server dies, recovery {recovery:?}", self.now));
         self.starved_at = None;
         self.held.clear();
+        self.excuse = true;
         let had: Vec<u32> =
             (0..).zip(&self.requests).filter(|(_, had)| had.has_tag()).map(|(index, _)| index).collect();
         for index in had.iter().rev().copied() {
@@ -36,6 +37,7 @@ impl Driver {
             Recovery::FailIo => self.fail_waiting(EREMOTEIO),
             Recovery::Wait | Recovery::Reissue => {}
         }
+        self.excuse = false;
         // A device without recovery is gone, and another takes its place.
         self.back_at = self.now + if recovery == Recovery::None { 0 } else { self.rng.below(GAP) };
         true
@@ -72,7 +74,7 @@ impl Driver {
 
     /// The machine is gone with everything in it. Hands every operation that was in flight to `lost`; their slots are
     /// free.
-    pub(crate) fn vanish(&mut self, mut lost: impl FnMut(u32)) {
+    pub(crate) fn vanish(&mut self, mut lost: impl FnMut(u32, &Bio)) {
         self.server = None;
         self.back_at = self.now;
         self.starved_at = None;
@@ -95,7 +97,7 @@ impl Driver {
             if bio.stage != Stage::Free {
                 bio.stage = Stage::Free;
                 self.free_bios.push(slot);
-                lost(slot);
+                lost(slot, bio);
             }
         }
     }
@@ -109,8 +111,8 @@ impl super::Request {
     /// One line about it.
     pub(super) fn words(&self, now: u64) -> String {
         let place = match self.state {
-            State::Held(until) if until == u64::MAX => format!("tag {}, held", self.tag),
-            State::Held(until) => format!("tag {}, held until step {until}", self.tag),
+            State::Held(Until::Released(_)) => format!("tag {}, held", self.tag),
+            State::Held(Until::Step(until)) => format!("tag {}, held until step {until}", self.tag),
             State::AtServer => format!("tag {}, the server has it", self.tag),
             State::Waiting | State::Free => "waiting for a tag".to_owned(),
         };

@@ -4,9 +4,10 @@ use std::collections::VecDeque;
 
 use ublkit::Operation;
 
+use crate::fault::HoldId;
+use crate::ledger::OpId;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
-use crate::sim::oracles::OpId;
 
 /// An operation of the application, in one of the driver's slots.
 #[derive(Debug)]
@@ -25,6 +26,8 @@ pub(crate) struct Bio {
     /// Parts that have not ended.
     pub(super) parts: u32,
     pub(super) stage: Stage,
+    /// The error is the driver's own: it refused, or a server died.
+    pub(crate) excused: bool,
 }
 
 /// How far an operation is.
@@ -36,14 +39,23 @@ pub(super) enum Stage {
     Finished,
 }
 
+/// How long a request is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Until {
+    /// Until this step.
+    Step(u64),
+    /// Until it is released.
+    Released(HoldId),
+}
+
 /// Where a request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Free,
     /// In its queue.
     Waiting,
-    /// It has a tag, but the server does not see it before this step.
-    Held(u64),
+    /// It has a tag, but the server does not see it yet.
+    Held(Until),
     /// The server has it.
     AtServer,
 }
@@ -72,6 +84,8 @@ pub(super) struct Request {
     pub(super) no_unmap: bool,
     /// When it is done, a flush is to follow before its operation ends.
     pub(super) flush_after: bool,
+    /// How much of it the server is to see at first.
+    pub(super) limit: u64,
     /// Others may join it.
     pub(super) mergeable: bool,
     /// The step when it came into being.
@@ -96,6 +110,7 @@ impl Request {
             fua: false,
             no_unmap: false,
             flush_after: false,
+            limit: u64::MAX,
             mergeable: false,
             made: 0,
             segments: Vec::new(),

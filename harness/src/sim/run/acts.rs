@@ -7,6 +7,7 @@ use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::script::{Act, Action, Recovery};
 use crate::sector::SECTOR;
+use crate::sim::oracles::Ended;
 use crate::sim::subject::{Open, declared_wrong};
 use crate::sim::trace::What;
 
@@ -33,7 +34,10 @@ impl Run<'_> {
             }
             Act::FaultsOff | Act::FaultsOn => {
                 let on = act == Act::FaultsOn;
-                self.subject.faults(on);
+                if let Some(faults) = self.subject.faults() {
+                    faults.switch(on);
+                    self.judges.observe_switch(on);
+                }
                 let now = self.driver.now;
                 self.trace.note(What::Faults, [u64::from(on), 0, 0], || format!("{now}: faults {on}"));
                 if !on {
@@ -97,6 +101,7 @@ impl Run<'_> {
         self.counts.kills += 1;
         self.counts.kills_in_flight += u64::from(in_flight);
         self.judges.observe_calls();
+        self.judges.observe_death();
         if self.setup.recovery == Recovery::None {
             self.close();
             self.open(Open::AfterKill)?;
@@ -109,9 +114,9 @@ impl Run<'_> {
         self.counts.power_cuts_in_flight += u64::from(self.driver.in_flight() > 0);
         self.judges.observe_calls();
         let (judges, watched) = (&mut self.judges, &mut self.watched);
-        self.driver.vanish(|slot| {
+        self.driver.vanish(|slot, bio| {
             if let Some(watched) = watched[slot as usize].take() {
-                judges.observe_lost(watched);
+                judges.observe_lost(watched, Ended::of(bio));
             }
         });
         self.depth.fill(0);

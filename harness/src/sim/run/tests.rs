@@ -96,8 +96,8 @@ fn right(ran: &Ran, seed: u64) {
 #[test]
 fn a_right_device_is_right_whatever_is_done_to_it() {
     let mut evidence = Evidence::new();
-    for seed in 0..3000 {
-        let ran = run_drawn(seed, 300, &RunOptions::default());
+    for seed in 0..1500 {
+        let ran = run_drawn(seed, 200, &RunOptions::default());
         right(&ran, seed);
         evidence.merge(&ran.evidence);
     }

@@ -1,6 +1,8 @@
 //! The right server: a queue loop with a blocking backend.
 
 use std::fmt;
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use ublkit::{Backend, Operation, WriteFlags, ZeroFlags, result_code};
@@ -72,10 +74,10 @@ impl fmt::Debug for PlainServer {
     }
 }
 
-/// Does what a request asks, on its slot's buffer, and says how it ended.
+/// Does what a request asks, on its slot's buffer, and says how it ended. A panic of the backend is `EIO`.
 pub fn serve(backend: &dyn Backend, work: Work, buffers: &mut Buffers) -> Commit {
     let Work { tag, operation, offset, len, fua, no_unmap } = work;
-    let result = match operation {
+    let call = || match operation {
         Operation::Read => backend.read_at(&mut buffers.get_mut(tag)[..len as usize], offset),
         Operation::Write => {
             let flags = if fua { WriteFlags::FUA } else { WriteFlags::NONE };
@@ -88,8 +90,10 @@ pub fn serve(backend: &dyn Backend, work: Work, buffers: &mut Buffers) -> Commit
             flags.fua = fua;
             backend.write_zeroes(offset, len, flags)
         }
-        _ => Err(std::io::Error::from_raw_os_error(EOPNOTSUPP)),
+        _ => Err(io::Error::from_raw_os_error(EOPNOTSUPP)),
     };
+    // What the buffer holds after a panic is never looked at: the request fails.
+    let result = catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_panic| Err(io::ErrorKind::Other.into()));
     let result = match result {
         Ok(()) => (len & i32::MAX as u64) as i32,
         Err(error) => result_code(&error),

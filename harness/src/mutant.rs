@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 use ublkit::Backend;
 
-pub use self::lifecycle::{declared_geometry, gives_id_back, medium_options};
+pub use self::lifecycle::{declared_geometry, gives_id_back};
 pub use self::spec::{Layer, Mutant, OnDevice, Spec, UnknownMutant};
 use self::twist::Turn;
 use crate::plan::OpKind;
@@ -40,6 +40,7 @@ use crate::sector::Pattern;
 use crate::seed::Seed;
 use crate::sim::medium::Medium;
 use crate::sim::server::Server;
+pub use crate::sim::subject::Open;
 
 /// A bug to plant: `lost-write`, or `lost-write:30` for one in 30 operations of its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -127,20 +128,6 @@ impl Hits {
     }
 }
 
-/// Why storage is opened.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Open {
-    /// For the first time.
-    #[default]
-    First,
-    /// The power was cut.
-    AfterPowerCut,
-    /// The last server died.
-    AfterKill,
-    /// The last server was stopped in order.
-    Reopen,
-}
-
 /// What is told of an error that a mutant makes by itself: the operation, its sectors, and the errno.
 pub type Injected = Arc<dyn Fn(OpKind, SectorRange, i32) + Send + Sync>;
 
@@ -162,7 +149,7 @@ pub struct Plot {
     /// Is told of each error that a mutant makes by itself and admits to, so that whoever accounts for errors can expect
     /// it.
     pub injected: Option<Injected>,
-    /// Set by whoever stops the server in order, before it waits for what the server has in hand.
+    /// Set by whoever is going to stop the server in order, while it has requests in hand.
     pub stopping: Arc<AtomicBool>,
     past: Arc<Mutex<Past>>,
 }

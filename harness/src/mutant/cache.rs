@@ -45,16 +45,21 @@ pub(super) fn plant(
     })
 }
 
-/// Nothing but the unit that the medium keeps whole: see [`medium_options`](super::medium_options).
+/// The second half of a write's last block is written once more, as a change of its own: a power cut may leave it alone.
 struct TornBelowAtomic(Turn);
 
 impl Twist for TornBelowAtomic {
     fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        let atomic = self.0.plot().medium.as_ref().map(|medium| u64::from(medium.options().atomic_bytes));
-        if !flags.fua && atomic.is_some_and(|atomic| atomic < disk.block()) {
+        disk.write_at(buf, offset, flags)?;
+        if let Some(medium) = &self.0.plot().medium
+            && !flags.fua
+            && self.0.comes().is_some()
+        {
             self.0.hit();
+            let half = buf.len() - disk.block() as usize / 2;
+            medium.write_at(&buf[half..], offset + half as u64)?;
         }
-        disk.write_at(buf, offset, flags)
+        Ok(())
     }
 }
 

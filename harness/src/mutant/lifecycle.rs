@@ -10,7 +10,7 @@ use super::twist::{Disk, Turn, Twist, lock, place, twisted, twisted_as};
 use super::{Mutant, Open, Planted, Plot};
 use crate::plan::OpKind;
 use crate::script::{Act, Recovery, Setup};
-use crate::sim::medium::{Medium, MediumOptions};
+use crate::sim::medium::Medium;
 
 /// How long a discard or zeroes may be for a backend that declares more, in bytes.
 const LIMIT: u64 = 64 << 10;
@@ -39,17 +39,6 @@ pub fn declared_geometry(planted: Planted, geometry: Geometry) -> Geometry {
     declared
 }
 
-/// What the disk below a device with this bug is made of, where it should be made of `options`.
-#[must_use]
-pub fn medium_options(planted: Planted, options: MediumOptions) -> MediumOptions {
-    match planted.mutant {
-        Mutant::TornBelowAtomic => {
-            MediumOptions { atomic_bytes: options.atomic_bytes.div_ceil(8).max(256), ..options }
-        }
-        _ => options,
-    }
-}
-
 /// Whether the id of a device that is closed is given back. Asked once each time.
 #[must_use]
 pub fn gives_id_back(planted: Planted, plot: &Plot) -> bool {
@@ -65,7 +54,8 @@ impl Mutant {
     pub fn needs(self, setup: &mut Setup) {
         setup.read_only = self == Self::RoNotEnforced;
         match self {
-            Self::FlushNoop
+            Self::TornBelowAtomic
+            | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
             | Self::ColdFlush
@@ -78,12 +68,6 @@ impl Mutant {
             | Self::FlushGivesUp
             | Self::FlushFails => setup.volatile_cache = true,
             Self::FuaIgnored | Self::OpFlagMask => (setup.volatile_cache, setup.fua) = (true, true),
-            Self::TornBelowAtomic => {
-                setup.volatile_cache = true;
-                setup.logical_block = 4096;
-                setup.bytes = setup.bytes.next_multiple_of(4096);
-                setup.max_io_bytes = setup.max_io_bytes.next_multiple_of(4096);
-            }
             Self::DiscardOffByOne | Self::LatePunch | Self::DiscardRoundsOut => setup.discard = true,
             Self::DiscardResurrects => {
                 (setup.volatile_cache, setup.discard, setup.discard_zeroes) = (true, true, true);
@@ -170,6 +154,9 @@ pub(super) fn plant(
 /// `inner` with a twist that declares what the bug has it declare.
 fn declaring(inner: Arc<dyn Backend>, turn: &Turn, twist: impl Twist) -> Arc<dyn Backend> {
     let declared = declared_geometry(turn.planted(), inner.geometry());
+    if declared != inner.geometry() {
+        turn.hit();
+    }
     twisted_as(inner, declared, twist)
 }
 

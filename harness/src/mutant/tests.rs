@@ -4,6 +4,7 @@ mod backend;
 mod cuts;
 mod durable;
 mod server;
+mod simulated;
 
 use std::io;
 use std::sync::{Mutex, PoisonError};

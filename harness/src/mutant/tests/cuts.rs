@@ -94,7 +94,7 @@ impl Run {
 fn run(mutant: Mutant, seed: u64) -> (u64, Option<u64>) {
     let planted = Planted::from(mutant);
     let options = MediumOptions { bytes: BLOCKS * BLOCK, volatile_cache: true, atomic_bytes: BLOCK as u32 };
-    let medium = Medium::new(medium_options(planted, options));
+    let medium = Medium::new(options);
     let rng = Seed::new(seed).rng();
     let model = Model { may_hold: vec![vec![0]; BLOCKS as usize] };
     let mut run = Run { planted, plot: Plot::new(Seed::new(seed)), medium, model, rng };

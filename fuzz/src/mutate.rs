@@ -3,11 +3,13 @@
 use ublkit_harness::{Seed, SeededRng};
 
 /// What parsers of numbers, texts and JSON trip over.
-const TOKENS: [&str; 34] = [
+const TOKENS: [&str; 36] = [
     "0",
     "-1",
     "1",
     "255",
+    "65535",
+    "65536",
     "4294967295",
     "4294967296",
     "9223372036854775807",
@@ -82,28 +84,37 @@ impl Mutator {
     fn change(&mut self, bytes: &mut Vec<u8>) {
         let at = self.below(bytes.len() + 1);
         let length = self.below(bytes.len() - at + 1).min(1 << self.rng.below(10));
-        let put_in = match self.rng.below(9) {
-            0 => {
+        let put_in = match self.rng.below(12) {
+            // A number of a text for another.
+            0..=2 => {
+                let digits = |bytes: &[u8]| bytes.iter().take_while(|byte| byte.is_ascii_digit()).count();
+                let begin = at + bytes[at..].iter().take_while(|byte| !byte.is_ascii_digit()).count();
+                let end = begin + digits(&bytes[begin..]);
+                let token = TOKENS[self.below(TOKENS.len())];
+                bytes.splice(begin..end, token.bytes());
+                return;
+            }
+            3 => {
                 if let Some(byte) = bytes.get_mut(at) {
                     *byte ^= 1 << self.rng.below(8);
                 }
                 return;
             }
-            1 => {
+            4 => {
                 self.rng.fill(&mut bytes[at..at + length]);
                 return;
             }
             // Left out.
-            2 => Vec::new(),
+            5 => Vec::new(),
             // Twice.
-            3 => bytes[at..at + length].repeat(2),
-            4 => self.noise(),
-            5 => {
+            6 => bytes[at..at + length].repeat(2),
+            7 => self.noise(),
+            8 => {
                 let other = self.old();
                 let from = self.below(other.len() + 1);
                 other[from..from + self.below(other.len() - from + 1)].to_vec()
             }
-            6 => vec![[0, 1, 0x7f, 0x80, 0xff][self.below(5)]; length],
+            9 => vec![[0, 1, 0x7f, 0x80, 0xff][self.below(5)]; length],
             _ => TOKENS[self.below(TOKENS.len())].as_bytes().to_vec(),
         };
         let replaced = if self.rng.chance(1, 4) { 0 } else { length };

@@ -47,7 +47,8 @@ fn the_corpus_is_taken_not_refused() {
         let corpus = Target::named(name).expect("a target").corpus().expect("a corpus");
         (corpus.iter().filter(|input| takes(input)).count(), corpus.len())
     };
-    let (scripts, all) = taken("script", |input| serde_json::from_slice::<ublkit_harness::script::Script>(input).is_ok());
+    let (scripts, all) =
+        taken("script", |input| serde_json::from_slice::<ublkit_harness::script::Script>(input).is_ok());
     assert_eq!(scripts, all);
     let (events, _) = taken("events", |input| serde_json::from_slice::<ublkit_harness::Event>(input).is_ok());
     let (mismatches, _) = taken("events", |input| serde_json::from_slice::<ublkit_harness::Mismatch>(input).is_ok());

@@ -14,7 +14,7 @@ pub(super) fn run(bytes: &[u8]) {
     let io = Io::new(input.u32() as u16, input.u32() as u16, descriptor);
     assert_eq!(io.raw_flags(), descriptor.op_flags);
     assert_eq!(io.len(), u64::from(descriptor.nr_sectors) * 512);
-    assert_eq!(io.is_empty(), io.len() == 0);
+    assert_eq!(io.is_empty(), descriptor.nr_sectors == 0);
     assert_eq!(io.offset() / 512, descriptor.start_sector & (u64::MAX >> 9));
     assert_eq!(io.write_flags().fua, io.fua());
     assert_eq!((io.zero_flags().fua, io.zero_flags().no_unmap), (io.fua(), io.no_unmap()));

@@ -50,7 +50,7 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	ci/tests/vm $(KERNEL)
 
 fuzz: ## Arbitrary input for everything that reads any: DURATION seconds for each target, TARGETS or all
-	$(CARGO) run --release --quiet -p ublkit-fuzz -- --duration $(DURATION) $(TARGETS)
+	$(CARGO) run --profile fuzz --quiet -p ublkit-fuzz -- --duration $(DURATION) $(TARGETS)
 
 confusion: ## What the classifier calls corruptions of every class
 	$(CARGO) run --release --quiet -p ublkit-harness --example confusion

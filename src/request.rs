@@ -57,8 +57,11 @@ pub struct Io {
 }
 
 impl Io {
+    /// What `descriptor` says, which the driver left for this tag of this queue. Nothing in it is taken on trust: whatever is
+    /// in it means something.
+    #[must_use]
     #[inline(always)]
-    pub(crate) fn new(queue: u16, tag: u16, descriptor: IoDesc) -> Self {
+    pub const fn new(queue: u16, tag: u16, descriptor: IoDesc) -> Self {
         let IoDesc { op_flags, nr_sectors, start_sector, .. } = descriptor;
         Self { op_flags, sectors: nr_sectors, start_sector, queue, tag }
     }

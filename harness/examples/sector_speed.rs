@@ -109,7 +109,7 @@ fn payloads() {
         (
             "fill",
             Box::new(|n| {
-                pattern.fill(black_box(&mut filled[n * SLICE_BYTES..][..SLICE_BYTES]), range(n).first, |_| 7)
+                pattern.fill(black_box(&mut filled[n * SLICE_BYTES..][..SLICE_BYTES]), range(n).first, |_| 7);
             }),
         ),
         (

@@ -205,7 +205,7 @@ impl fmt::Display for Class {
                 write!(f, "misdirected: found sector {from}, generation {generation}")
             }
             Self::Torn { at_word, before, after } => {
-                write!(f, "torn at word {at_word} (byte {}): {before}, then {after}", at_word * 8)
+                write!(f, "torn at word {at_word} (byte {}): {before}, then {after}", u64::from(*at_word) * 8)
             }
             Self::Shifted { by_bytes } => {
                 let way = if *by_bytes < 0 { "ahead" } else { "back" };

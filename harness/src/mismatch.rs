@@ -151,7 +151,7 @@ impl fmt::Display for Mismatch {
         }
         writeln!(f, ", checking {}): {}", self.range, self.class)?;
         write!(f, "  expected: {}", self.expected)?;
-        let wrong: u64 = self.wrong_sectors.values().sum();
+        let wrong = self.wrong_sectors.values().fold(0_u64, |sum, count| sum.saturating_add(*count));
         if wrong > 1 {
             write!(f, "\n  wrong sectors in this range:")?;
             for (class, count) in &self.wrong_sectors {

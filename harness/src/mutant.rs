@@ -31,7 +31,7 @@ use std::sync::{Arc, Mutex};
 use serde::{Deserialize, Serialize};
 use ublkit::Backend;
 
-pub use self::lifecycle::{declared_geometry, gives_id_back, medium_options};
+pub use self::lifecycle::{declared_geometry, gives_id_back};
 pub use self::spec::{Layer, Mutant, OnDevice, Spec, UnknownMutant};
 use self::twist::Turn;
 use crate::plan::OpKind;
@@ -149,7 +149,7 @@ pub struct Plot {
     /// Is told of each error that a mutant makes by itself and admits to, so that whoever accounts for errors can expect
     /// it.
     pub injected: Option<Injected>,
-    /// Set by whoever stops the server in order, before it waits for what the server has in hand.
+    /// Set by whoever is going to stop the server in order, while it has requests in hand.
     pub stopping: Arc<AtomicBool>,
     past: Arc<Mutex<Past>>,
 }

@@ -137,7 +137,7 @@ impl PlanOptions {
     #[must_use]
     pub fn longest_bytes(&self) -> u64 {
         match self.size {
-            IoSize::Any => self.max_io_bytes * draw::BEYOND,
+            IoSize::Any => self.max_io_bytes.saturating_mul(draw::BEYOND),
             IoSize::Fixed(bytes) => bytes,
         }
     }
@@ -192,8 +192,9 @@ impl PlanOptions {
                 check(bytes > 0 && bytes.is_multiple_of(alignment), &|| {
                     format!("an I/O of {bytes} bytes is not a multiple of the alignment of {alignment} bytes")
                 })?;
-                let first = region.offset_bytes().next_multiple_of(bytes);
-                check(first + bytes <= region.offset_bytes() + region.len_bytes(), &|| {
+                let first = region.offset_bytes().checked_next_multiple_of(bytes);
+                let end = first.and_then(|first| first.checked_add(bytes));
+                check(end.is_some_and(|end| end <= region.end() * SECTOR as u64), &|| {
                     format!("the region {region} has no room for an I/O of {bytes} bytes at a multiple of it")
                 })?;
             }

@@ -28,22 +28,23 @@ impl SectorRange {
         Self::new(0, bytes / SECTOR as u64)
     }
 
-    /// The sector after the last.
+    /// The sector after the last. Of a range that no device has, such as one from a file, the end of all numbers; so with
+    /// bytes.
     #[must_use]
     pub const fn end(self) -> u64 {
-        self.first + self.sectors
+        self.first.saturating_add(self.sectors)
     }
 
     /// Where the range begins, in bytes.
     #[must_use]
     pub const fn offset_bytes(self) -> u64 {
-        self.first * SECTOR as u64
+        self.first.saturating_mul(SECTOR as u64)
     }
 
     /// How long the range is, in bytes.
     #[must_use]
     pub const fn len_bytes(self) -> u64 {
-        self.sectors * SECTOR as u64
+        self.sectors.saturating_mul(SECTOR as u64)
     }
 
     /// Whether the range has no sectors.

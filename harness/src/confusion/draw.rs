@@ -168,7 +168,7 @@ impl World {
         let before = self.part(rng);
         let after = std::iter::repeat_with(|| self.part(rng)).find(|part| *part != before).unwrap_or(before);
         let at = rng.within(1..=WORDS as u64 - 1) as usize;
-        let got = splice(self.bytes(before), &self.bytes(after), at);
+        let got = splice(&self.bytes(before), &self.bytes(after), at);
         let cheap = self.pattern.cheap_words();
         let sizes = [(before, 0, at), (after, at, WORDS)];
         // Two parts of the same sector and of different generations are at the same distance, and vouch for each other.
@@ -323,6 +323,7 @@ impl World {
         Self::partial_of(got, expected, &words)
     }
 
+    #[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
     fn partial_of(got: Sector, expected: Expected, words: &[Option<Content>; WORDS]) -> Instance {
         let readable = words.iter().flatten();
         let good_words = readable.clone().filter(|content| expected.allowed.contains(content)).count() as u32;
@@ -479,6 +480,7 @@ impl Part {
     }
 }
 
+#[expect(clippy::large_types_passed_by_value, reason = "it is kept")]
 fn as_drawn(got: Sector, expected: Expected, class: Class) -> Instance {
     Instance { got, expected, class, alike: None }
 }
@@ -503,8 +505,8 @@ fn noise(rng: &mut SeededRng) -> Sector {
     sector
 }
 
-fn splice(before: Sector, after: &Sector, at_word: usize) -> Sector {
-    let mut sector = before;
+fn splice(before: &Sector, after: &Sector, at_word: usize) -> Sector {
+    let mut sector = *before;
     sector[at_word * 8..].copy_from_slice(&after[at_word * 8..]);
     sector
 }

@@ -2,19 +2,23 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ublkit::{Backend, WriteFlags, ZeroFlags};
 
 use super::Mutant;
 use super::twist::{Blocks, Disk, Turn, Twist, lock, place, twisted};
+use crate::plan::OpKind;
 
 /// How many blocks are kept back at most.
 const KEPT: usize = 64;
 
 /// How many calls after its acknowledgement a flush is done.
 const EARLY: u64 = 40;
+
+/// How many flushes it takes until something is known to be dirty.
+const COLD: u64 = 8;
 
 /// How many blocks are remembered as written since the last flush.
 const REMEMBERED: usize = 1 << 16;
@@ -28,7 +32,7 @@ pub(super) fn plant(
     Ok(match mutant {
         Mutant::TornBelowAtomic => twisted(inner, TornBelowAtomic(turn)),
         Mutant::FlushNoop => twisted(inner, FlushNoop(turn)),
-        Mutant::FirstFlushSkipped => twisted(inner, FirstFlushSkipped { turn, clean: AtomicBool::new(true) }),
+        Mutant::ColdFlush => twisted(inner, ColdFlush { turn, flushes: AtomicU64::new(0) }),
         Mutant::FlushRange => twisted(inner, FlushRange { turn, last: Mutex::default() }),
         Mutant::FlushEarly => twisted(inner, FlushEarly { turn, due_in: AtomicU64::new(0) }),
         Mutant::FuaIgnored => twisted(inner, FuaIgnored(turn)),
@@ -36,20 +40,26 @@ pub(super) fn plant(
         | Mutant::ReorderAcrossFlush
         | Mutant::SameLbaLogRace
         | Mutant::DiscardResurrects => twisted(inner, KeptBack { turn, state: Mutex::default() }),
+        Mutant::FlushGivesUp => twisted(inner, FlushGivesUp { turn, doubt: Mutex::default() }),
         _ => return Err(inner),
     })
 }
 
-/// Nothing but the unit that the medium keeps whole: see [`medium_options`](super::medium_options).
+/// The second half of a write's last block is written once more, as a change of its own: a power cut may leave it alone.
 struct TornBelowAtomic(Turn);
 
 impl Twist for TornBelowAtomic {
     fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        let atomic = self.0.plot().medium.as_ref().map(|medium| u64::from(medium.options().atomic_bytes));
-        if !flags.fua && atomic.is_some_and(|atomic| atomic < disk.block()) {
+        disk.write_at(buf, offset, flags)?;
+        if let Some(medium) = &self.0.plot().medium
+            && !flags.fua
+            && self.0.comes().is_some()
+        {
             self.0.hit();
+            let half = buf.len() - disk.block() as usize / 2;
+            medium.write_at(&buf[half..], offset + half as u64)?;
         }
-        disk.write_at(buf, offset, flags)
+        Ok(())
     }
 }
 
@@ -66,15 +76,15 @@ impl Twist for FlushNoop {
     }
 }
 
-/// The first flush of a server does nothing.
-struct FirstFlushSkipped {
+/// The first flushes of a server do nothing.
+struct ColdFlush {
     turn: Turn,
-    clean: AtomicBool,
+    flushes: AtomicU64,
 }
 
-impl Twist for FirstFlushSkipped {
+impl Twist for ColdFlush {
     fn flush(&self, disk: &Disk) -> io::Result<()> {
-        if self.clean.swap(false, Ordering::Relaxed) && self.turn.comes().is_some() {
+        if self.flushes.fetch_add(1, Ordering::Relaxed) < COLD && self.turn.comes().is_some() {
             self.turn.hit();
             return Ok(());
         }
@@ -266,6 +276,75 @@ impl Twist for KeptBack {
         for block in disk.blocks(offset, len) {
             kept.blocks.remove(block);
         }
+        disk.write_zeroes(offset, len, flags)
+    }
+}
+
+/// A flush fails, which it admits to, and takes what was dirty for clean: no later flush persists that.
+struct FlushGivesUp {
+    turn: Turn,
+    doubt: Mutex<Doubt>,
+}
+
+#[derive(Default)]
+struct Doubt {
+    /// Blocks that were changed since the last good flush.
+    dirty: BTreeSet<u64>,
+    /// Blocks that were given up and not changed since.
+    given_up: BTreeSet<u64>,
+}
+
+impl FlushGivesUp {
+    fn changed(&self, disk: &Disk, offset: u64, len: u64) {
+        let Doubt { dirty, given_up } = &mut *lock(&self.doubt);
+        for block in disk.blocks(offset, len) {
+            dirty.insert(block);
+            given_up.remove(&block);
+        }
+    }
+
+    /// Persists all but what was given up.
+    fn persist(&self, disk: &Disk, doubt: &Doubt) -> io::Result<()> {
+        let medium = match &self.turn.plot().medium {
+            Some(medium) if !doubt.given_up.is_empty() => medium,
+            _ => return disk.flush(),
+        };
+        let mut begin = 0;
+        for end in doubt.given_up.iter().copied().chain([disk.size() / disk.block()]) {
+            if begin < end {
+                medium.flush_range(begin * disk.block(), (end - begin) * disk.block())?;
+            }
+            begin = end + 1;
+        }
+        Ok(())
+    }
+}
+
+impl Twist for FlushGivesUp {
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        let doubt = &mut *lock(&self.doubt);
+        if self.turn.comes().is_none() {
+            self.persist(disk, doubt)?;
+            doubt.dirty.clear();
+            return Ok(());
+        }
+        self.turn.hit();
+        doubt.given_up.extend(doubt.dirty.iter());
+        Err(self.turn.error(OpKind::Flush, 0, 0))
+    }
+
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        self.changed(disk, offset, buf.len() as u64);
+        disk.write_at(buf, offset, flags)
+    }
+
+    fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
+        self.changed(disk, offset, len);
+        disk.discard(offset, len)
+    }
+
+    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.changed(disk, offset, len);
         disk.write_zeroes(offset, len, flags)
     }
 }

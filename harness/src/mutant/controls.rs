@@ -1,14 +1,13 @@
 //! What is odd and right: it must not be taken for a bug.
 
-use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use ublkit::{Backend, WriteFlags, ZeroFlags};
 
 use super::Mutant;
 use super::errors::write_kind;
-use super::twist::{Disk, Turn, Twist, lock, place, twisted};
+use super::twist::{Disk, Turn, Twist, place, twisted};
 use crate::plan::OpKind;
 use crate::seed::SeededRng;
 
@@ -25,7 +24,7 @@ pub(super) fn plant(
         Mutant::DiscardGarbage => twisted(inner, DiscardGarbage(turn)),
         Mutant::WrittenTwice => twisted(inner, WrittenTwice(turn)),
         Mutant::PartialThenError => twisted(inner, PartialThenError(turn)),
-        Mutant::FlushFails => twisted(inner, FlushFails { turn, doubt: Mutex::default() }),
+        Mutant::FlushFails => twisted(inner, FlushFails(turn)),
         _ => return Err(inner),
     })
 }
@@ -179,75 +178,16 @@ impl Twist for PartialThenError {
     }
 }
 
-/// A flush fails, having done nothing, everything, or having given up what was dirty: no later flush persists that.
-struct FlushFails {
-    turn: Turn,
-    doubt: Mutex<Doubt>,
-}
-
-#[derive(Default)]
-struct Doubt {
-    /// Blocks that were changed since the last good flush.
-    dirty: BTreeSet<u64>,
-    /// Blocks that were given up and not changed since.
-    given_up: BTreeSet<u64>,
-}
-
-impl FlushFails {
-    fn changed(&self, disk: &Disk, offset: u64, len: u64) {
-        let Doubt { dirty, given_up } = &mut *lock(&self.doubt);
-        for block in disk.blocks(offset, len) {
-            dirty.insert(block);
-            given_up.remove(&block);
-        }
-    }
-
-    /// Persists all but what was given up.
-    fn persist(&self, disk: &Disk, doubt: &Doubt) -> io::Result<()> {
-        let medium = match &self.turn.plot().medium {
-            Some(medium) if !doubt.given_up.is_empty() => medium,
-            _ => return disk.flush(),
-        };
-        let mut begin = 0;
-        for end in doubt.given_up.iter().copied().chain([disk.size() / disk.block()]) {
-            if begin < end {
-                medium.flush_range(begin * disk.block(), (end - begin) * disk.block())?;
-            }
-            begin = end + 1;
-        }
-        Ok(())
-    }
-}
+/// A flush fails, having done nothing or everything. What is dirty stays so.
+struct FlushFails(Turn);
 
 impl Twist for FlushFails {
     fn flush(&self, disk: &Disk) -> io::Result<()> {
-        let doubt = &mut *lock(&self.doubt);
-        let Some(mut rng) = self.turn.comes() else {
-            self.persist(disk, doubt)?;
-            doubt.dirty.clear();
-            return Ok(());
-        };
-        self.turn.hit();
-        match rng.below(3) {
-            0 => {}
-            1 => self.persist(disk, doubt)?,
-            _ => doubt.given_up.extend(doubt.dirty.iter()),
+        let Some(mut rng) = self.0.comes() else { return disk.flush() };
+        self.0.hit();
+        if rng.chance(1, 2) {
+            disk.flush()?;
         }
-        Err(self.turn.error(OpKind::Flush, 0, 0))
-    }
-
-    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        self.changed(disk, offset, buf.len() as u64);
-        disk.write_at(buf, offset, flags)
-    }
-
-    fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
-        self.changed(disk, offset, len);
-        disk.discard(offset, len)
-    }
-
-    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.changed(disk, offset, len);
-        disk.write_zeroes(offset, len, flags)
+        Err(self.0.error(OpKind::Flush, 0, 0))
     }
 }

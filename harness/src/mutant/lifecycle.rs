@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex};
 
 use ublkit::{Backend, DiscardLimits, Geometry, WriteFlags, ZeroFlags};
 
-use super::twist::{Disk, Turn, Twist, lock, place, twisted};
+use super::twist::{Disk, Turn, Twist, lock, place, twisted, twisted_as};
 use super::{Mutant, Open, Planted, Plot};
 use crate::plan::OpKind;
 use crate::script::{Act, Recovery, Setup};
-use crate::sim::medium::{Medium, MediumOptions};
+use crate::sim::medium::Medium;
 
 /// How long a discard or zeroes may be for a backend that declares more, in bytes.
 const LIMIT: u64 = 64 << 10;
@@ -21,7 +21,8 @@ const SHORT: usize = 64 << 10;
 
 const EINVAL: i32 = 22;
 
-/// What a device with this bug declares, where it should declare `geometry`.
+/// What a device with this bug declares, where it should declare `geometry`. Backends with such a bug declare it by
+/// themselves.
 #[must_use]
 pub fn declared_geometry(planted: Planted, geometry: Geometry) -> Geometry {
     let mut declared = geometry;
@@ -36,17 +37,6 @@ pub fn declared_geometry(planted: Planted, geometry: Geometry) -> Geometry {
         _ => {}
     }
     declared
-}
-
-/// What the disk below a device with this bug is made of, where it should be made of `options`.
-#[must_use]
-pub fn medium_options(planted: Planted, options: MediumOptions) -> MediumOptions {
-    match planted.mutant {
-        Mutant::TornBelowAtomic => {
-            MediumOptions { atomic_bytes: options.atomic_bytes.div_ceil(8).max(256), ..options }
-        }
-        _ => options,
-    }
 }
 
 /// Whether the id of a device that is closed is given back. Asked once each time.
@@ -64,24 +54,20 @@ impl Mutant {
     pub fn needs(self, setup: &mut Setup) {
         setup.read_only = self == Self::RoNotEnforced;
         match self {
-            Self::FlushNoop
+            Self::TornBelowAtomic
+            | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
-            | Self::FirstFlushSkipped
+            | Self::ColdFlush
             | Self::MetadataNotFlushed
             | Self::ReorderAcrossFlush
             | Self::SameLbaLogRace
             | Self::NoVolatileCache
             | Self::UnflushedLost
             | Self::AnySubset
+            | Self::FlushGivesUp
             | Self::FlushFails => setup.volatile_cache = true,
             Self::FuaIgnored | Self::OpFlagMask => (setup.volatile_cache, setup.fua) = (true, true),
-            Self::TornBelowAtomic => {
-                setup.volatile_cache = true;
-                setup.logical_block = 4096;
-                setup.bytes = setup.bytes.next_multiple_of(4096);
-                setup.max_io_bytes = setup.max_io_bytes.next_multiple_of(4096);
-            }
             Self::DiscardOffByOne | Self::LatePunch | Self::DiscardRoundsOut => setup.discard = true,
             Self::DiscardResurrects => {
                 (setup.volatile_cache, setup.discard, setup.discard_zeroes) = (true, true, true);
@@ -123,7 +109,7 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
-            | Self::FirstFlushSkipped
+            | Self::ColdFlush
             | Self::FuaIgnored
             | Self::MetadataNotFlushed
             | Self::ReorderAcrossFlush
@@ -133,6 +119,7 @@ impl Mutant {
             | Self::NoVolatileCache
             | Self::UnflushedLost
             | Self::AnySubset
+            | Self::FlushGivesUp
             | Self::FlushFails => Some(Act::PowerCut),
             _ => None,
         }
@@ -146,9 +133,9 @@ pub(super) fn plant(
 ) -> Result<Arc<dyn Backend>, Arc<dyn Backend>> {
     let turn = turn.clone();
     Ok(match mutant {
-        Mutant::NoVolatileCache => twisted(inner, NoVolatileCache(turn)),
-        Mutant::RoNotEnforced => twisted(inner, RoNotEnforced(turn)),
-        Mutant::WrongLimits => twisted(inner, WrongLimits(turn)),
+        Mutant::NoVolatileCache => declaring(inner, &turn.clone(), NoVolatileCache(turn)),
+        Mutant::RoNotEnforced => declaring(inner, &turn.clone(), RoNotEnforced(turn)),
+        Mutant::WrongLimits => declaring(inner, &turn.clone(), WrongLimits(turn)),
         Mutant::RecoveryStaleState => match turn.plot().why {
             Open::AfterKill => {
                 let old = lock(&turn.plot().past).disk.clone();
@@ -162,6 +149,15 @@ pub(super) fn plant(
         }
         _ => return Err(inner),
     })
+}
+
+/// `inner` with a twist that declares what the bug has it declare.
+fn declaring(inner: Arc<dyn Backend>, turn: &Turn, twist: impl Twist) -> Arc<dyn Backend> {
+    let declared = declared_geometry(turn.planted(), inner.geometry());
+    if declared != inner.geometry() {
+        turn.hit();
+    }
+    twisted_as(inner, declared, twist)
 }
 
 /// Counts the writes that nobody will flush.

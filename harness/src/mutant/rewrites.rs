@@ -23,7 +23,7 @@ const CHUNK: u64 = 64 << 10;
 const COPYING: u32 = 8;
 
 /// How many calls later a late write comes, at most.
-const LATE: u64 = 8;
+const LATE: u64 = 64;
 
 pub(super) fn plant(
     mutant: Mutant,

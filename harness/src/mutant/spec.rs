@@ -95,7 +95,7 @@ AddressAlias "5" "address-alias" Backend 20 [Tag Linear] YES
     "the top bit of an address is lost, as by a disk that claims more than it has (f3) or 32 bits of sectors";
 ShornWrite "6" "shorn-write" Backend 100 [Tag Linear Zero] YES
     "only the first sectors of a write are stored (FAST'13)";
-TornBelowAtomic "7" "torn-below-atomic" Backend 1 [Tag Durable] YES
+TornBelowAtomic "7" "torn-below-atomic" Backend 1 [Tag Durable Linear] YES
     "a power cut tears a logical block (LazyFS torn-op)";
 BitflipRead "8" "bitflip-read" Backend 500 [Tag] YES
     "a read returns one flipped bit and the next one does not, as by a bad cable or memory (nbdkit-evil cosmic-rays)";
@@ -107,19 +107,19 @@ StaleCache "10" "stale-cache" Backend 40 [Linear Zero] YES
     "a read cache keeps a block that was written since";
 ZeroedBuffer "11" "zeroed-buffer" Backend 100 [Zero] YES
     "an idle buffer is given back while its write is in flight, and zeroes are stored (libublk-rs #48, ublksrv #196)";
-FlushNoop "12" "flush-noop" Backend 1 [Durable] YES
+FlushNoop "12" "flush-noop" Backend 1 [Durable Flush Linear Zero] YES
     "a flush is acknowledged and nothing is persisted, as by disks that lie";
-FlushRange "13" "flush-range" Backend 1 [Durable] YES
+FlushRange "13" "flush-range" Backend 1 [Durable Flush Linear Zero] YES
     "a flush persists the range of a request, and a flush has none (rublk 9c1f58f, ublksrv #118)";
-FlushEarly "14" "flush-early" Backend 1 [Durable] YES
+FlushEarly "14" "flush-early" Backend 1 [Durable Flush Linear Zero] YES
     "a flush is acknowledged before what it covers is durable (fio 22b970ed)";
-FuaIgnored "15" "fua-ignored" Backend 1 [Durable] YES
+FuaIgnored "15" "fua-ignored" Backend 1 [Durable Flush Linear Zero] YES
     "a FUA write is lost at a power cut";
-MetadataNotFlushed "16" "metadata-not-flushed" Backend 2 [Durable Zero] YES
+MetadataNotFlushed "16" "metadata-not-flushed" Backend 2 [Durable Flush Linear Zero] YES
     "a flush persists data but not the map to it: what was new reads as zeroes (ubiblk #92, dittofs #1909)";
-ReorderAcrossFlush "17" "reorder-across-flush" Backend 4 [Durable] YES
+ReorderAcrossFlush "17" "reorder-across-flush" Backend 4 [Durable Flush Linear Zero] YES
     "what came after a flush is durable and what came before it is not (unserializable writes: FAST'13)";
-SameLbaLogRace "18" "same-lba-log-race" Backend 2 [Durable] YES
+SameLbaLogRace "18" "same-lba-log-race" Backend 2 [Durable Flush Linear Zero] YES
     "the journal has two writes to a place and persists but the earlier one (crucible #1798)";
 DiscardOffByOne "19" "discard-off-by-one" Backend 10 [Zero] YES
     "a discard takes a neighbouring block with it (brd, Linux a26a339a654b)";
@@ -127,7 +127,7 @@ LatePunch "20" "late-punch" Backend 2 [Zero] YES
     "a hole is punched late, into what was written there meanwhile (cloud-hypervisor #8624)";
 WriteZeroesIgnored "21" "write-zeroes-ignored" Backend 10 [Zero Linear] YES
     "zeroes are acknowledged and the old data stay";
-DiscardResurrects "22" "discard-resurrects" Backend 1 [Durable Zero] YES
+DiscardResurrects "22" "discard-resurrects" Backend 1 [Durable Zero Linear] YES
     "what was discarded and flushed is back after a power cut";
 RefetchOverwrites "23" "refetch-overwrites" Backend 40 [Linear Tag Zero] YES
     "a block is fetched from the base image once more, over newer data (ubiblk v0.2.1)";
@@ -147,11 +147,11 @@ CrossDeviceBleed "30" "cross-device-bleed" Backend 200 [CrossDevice Tag] YES
     "another device's bytes are stored";
 HoleLeak "31" "hole-leak" Backend 10 [Tag Zero Linear] YES
     "what was never written reads as old memory (ublk.rst on zero copy)";
-EndOfDevice "32" "end-of-device" Backend 2 [Linear Zero] YES
+EndOfDevice "32" "end-of-device" Backend 1 [Tag Linear Zero] YES
     "an I/O that reaches the end of the device is cut short";
-TagSwap "33" "tag-swap" Server 200 [Tag Linear Zero] YES
+TagSwap "33" "tag-swap" Server 20 [Tag Linear Zero] YES
     "two requests are completed with each other's buffers";
-EarlyCommit "34" "early-commit" Backend 50 [Linear Zero] YES
+EarlyCommit "34" "early-commit" Backend 20 [Linear Zero] YES
     "a write is committed before the backend has done it";
 BufferReuse "35" "buffer-reuse" Server 20 [Tag Linear] TYPES
     "an asynchronous backend still uses the buffer of a slot that was committed (virtio-drivers #7)";
@@ -161,7 +161,7 @@ WrongResultLen "37" "wrong-result-len" Server 200 [Errors Tag Linear Zero Watchd
     "a result is not the number of bytes that moved (ublk.rst)";
 ErrnoSign "38" "errno-sign" Server 200 [Errors Tag Linear Zero Watchdog] TYPES
     "an error is committed as a positive number";
-OpFlagMask "39" "op-flag-mask" Server 1 [Durable Flush] YES
+OpFlagMask "39" "op-flag-mask" Server 1 [Durable Flush Linear Zero] YES
     "the operation is taken without its flags, and FUA is lost";
 UserCopyOffset "40" "user-copy-offset" Server 50 [Tag Linear Zero] COPIES
     "the queue's bits in the place of a request's data are wrong, and another queue's buffer is used";
@@ -175,7 +175,7 @@ CqeDropped "44" "cqe-dropped" Server 2000 [Watchdog] YES
     "a completion is filtered away and never comes (libublk-rs 14c4d39)";
 FetchMissing "45" "fetch-missing" Server 1 [Watchdog] TYPES
     "one slot is never fetched, and the device does not start (libublk-rs e9b911a)";
-NoVolatileCache "46" "no-volatile-cache" Lifecycle 1 [Flush Durable] YES
+NoVolatileCache "46" "no-volatile-cache" Lifecycle 1 [Resources Flush Durable Linear Zero] YES
     "the device does not say that it has a volatile cache, and is never flushed (ublksrv 27e9327, #118)";
 StopWithInflight "47" "stop-with-inflight" Lifecycle 1 [Watchdog] CLOSING
     "a server that is stopped drops what it has in hand";
@@ -187,9 +187,9 @@ NoIoFlusher "54" "no-io-flusher" Lifecycle 50 [Watchdog] YES
     "the server is no part of writeback and allocates: reclaim waits for itself (libublk-rs 70cc964)";
 MinorLeak "55" "minor-leak" Lifecycle 1 [Resources] DELETION
     "a device's id is not given back (longhorn #10738)";
-WrongLimits "56" "wrong-limits" Lifecycle 1 [Errors Zero Resources] YES
+WrongLimits "56" "wrong-limits" Lifecycle 1 [Resources Errors Zero Linear] YES
     "the device declares longer discards and zeroes than the backend takes";
-RoNotEnforced "57" "ro-not-enforced" Lifecycle 1 [Errors Tag Linear Zero] YES
+RoNotEnforced "57" "ro-not-enforced" Lifecycle 1 [Resources Errors Tag Linear Zero] YES
     "a device that is to be read-only takes writes";
 ShiftedWrite "+" "shifted-write" Backend 200 [Tag] YES
     "data are stored some bytes off, as by DMA to an address that is not aligned";
@@ -199,8 +199,10 @@ DiscardRoundsOut "+" "discard-rounds-out" Backend 4 [Zero] YES
     "a discard is widened to whole units and takes parts of its neighbours with it";
 ZeroesEdgesKept "+" "zeroes-edges-kept" Backend 2 [Zero Linear] YES
     "zeroes are narrowed to whole units, and the edges keep their data";
-FirstFlushSkipped "+" "first-flush-skipped" Backend 1 [Durable] YES
-    "a server that was started again takes nothing to be dirty, and skips its first flush";
+ColdFlush "+" "cold-flush" Backend 1 [Durable Flush Linear Zero] YES
+    "a server that was just started takes nothing to be dirty, and skips its first flushes";
+FlushGivesUp "+" "flush-gives-up" Backend 10 [Durable Flush Linear Zero] YES
+    "a flush fails, and the next one succeeds without what the failed one had to persist (fsyncgate)";
 SwappedBlocks "+" "swapped-blocks" Backend 50 [Tag] YES
     "two blocks of one write are stored in each other's place";
 ErroredWrite "a" "errored-write" Control 200 [] YES
@@ -220,7 +222,7 @@ WrittenTwice "g" "written-twice" Control 4 [] YES
 PartialThenError "h" "partial-then-error" Control 200 [] YES
     "an operation fails when a part of it is done";
 FlushFails "i" "flush-fails" Control 10 [] YES
-    "a flush fails, and nobody knows what of the data since the last good one is durable";
+    "a flush fails, and what it had to persist may be durable or not until the next good one";
 }
 
 impl Spec {

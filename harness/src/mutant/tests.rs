@@ -1,8 +1,10 @@
 //! Each mutant is wrong as it says and right otherwise; plan and shadow find those that need no more than that.
 
 mod backend;
+mod cuts;
 mod durable;
 mod server;
+mod simulated;
 
 use std::io;
 use std::sync::{Mutex, PoisonError};

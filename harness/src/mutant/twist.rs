@@ -31,6 +31,10 @@ impl Turn {
         Self { planted, phase: seed.rng().below(every), seed, plot: plot.clone() }
     }
 
+    pub(super) fn planted(&self) -> Planted {
+        self.planted
+    }
+
     pub(super) fn mutant(&self) -> Mutant {
         self.planted.mutant
     }
@@ -96,18 +100,25 @@ pub(super) trait Twist: Send + Sync + 'static {
 /// A backend that is wrong.
 struct Twisted<T> {
     disk: Disk,
+    declared: Geometry,
     twist: T,
 }
 
 /// `inner` with a twist.
 pub(super) fn twisted(inner: Arc<dyn Backend>, twist: impl Twist) -> Arc<dyn Backend> {
     let geometry = inner.geometry();
-    Arc::new(Twisted { disk: Disk { inner, geometry }, twist })
+    twisted_as(inner, geometry, twist)
+}
+
+/// `inner` with a twist, which declares something else.
+pub(super) fn twisted_as(inner: Arc<dyn Backend>, declared: Geometry, twist: impl Twist) -> Arc<dyn Backend> {
+    let geometry = inner.geometry();
+    Arc::new(Twisted { disk: Disk { inner, geometry }, declared, twist })
 }
 
 impl<T: Twist> Backend for Twisted<T> {
     fn geometry(&self) -> Geometry {
-        self.disk.geometry
+        self.declared
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {

@@ -121,7 +121,8 @@ impl Server {
                 (Arc::new(observed), counters, None)
             }
             Some(planted) => {
-                let plot = Plot { logical_block: args.logical_block, ..Plot::new(seed) };
+                let mut plot = Plot::new(seed);
+                plot.logical_block = args.logical_block;
                 let (observed, counters) = Observed::new(mutant::plant_backend(planted, below, &plot));
                 (Arc::new(observed), counters, Some(plot.hits))
             }

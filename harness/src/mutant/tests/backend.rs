@@ -244,7 +244,7 @@ fn early_commit_is_late_and_right() {
     let rig = Rig::new(Mutant::EarlyCommit);
     rig.write(5, 1, 7);
     assert_eq!((rig.read(5, 1), rig.hits()), (vec![0], 1));
-    for _ in 0..8 {
+    for _ in 0..64 {
         rig.read(0, 1);
     }
     assert_eq!(rig.read(5, 1), [7]);

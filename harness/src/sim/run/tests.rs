@@ -19,7 +19,8 @@ impl Drawn {
     pub(in crate::sim) fn new(seed: u64, ops: u64) -> Self {
         let mut rng = Seed::new(seed).derive("drawn", 0).rng();
         let logical_block = if rng.chance(1, 2) { 512 } else { 4096 };
-        let blocks = 1 << rng.within(2..=9);
+        // Where a dozen operations that zero are in flight on one block, no order can be told any more.
+        let blocks = 1 << rng.within(5..=9);
         let max_io_bytes = logical_block << rng.within(0..=5);
         let recovery = [Recovery::None, Recovery::Wait, Recovery::Reissue, Recovery::FailIo][rng.below(4) as usize];
         let setup = Setup {
@@ -29,7 +30,7 @@ impl Drawn {
             queues: rng.within(1..=4) as u16,
             queue_depth: 1 << rng.below(5),
             workers: rng.within(1..=4) as u32,
-            io_depth: 1 << rng.below(4),
+            io_depth: 1 << rng.below(3),
             volatile_cache: rng.chance(3, 4),
             fua: rng.chance(1, 2),
             discard: rng.chance(3, 4),
@@ -46,7 +47,7 @@ impl Drawn {
         kinds.extend([OpKind::Read, OpKind::Write]);
         let mut rare = |often: u64| if rng.chance(1, 2) { often } else { 0 };
         let (cuts, kills, reopens) = (rare(10), rare(10), rare(4));
-        Self { setup, left: ops, kinds, cuts, kills, reopens, blocks, longest: 1 << rng.within(0..=6), rng }
+        Self { setup, left: ops, kinds, cuts, kills, reopens, blocks, longest: 1 << rng.within(0..=4), rng }
     }
 }
 

@@ -1,0 +1,30 @@
+//! What is given arbitrary input, a file each.
+
+mod classifier;
+mod descriptor;
+mod events;
+mod parsers;
+mod plan;
+mod script;
+
+use crate::Target;
+
+/// Every target.
+pub const TARGETS: [Target; 6] = [
+    Target { name: "classifier", run: classifier::run, in_tests: 2_000 },
+    Target { name: "descriptor", run: descriptor::run, in_tests: 20_000 },
+    Target { name: "events", run: events::run, in_tests: 20_000 },
+    Target { name: "parsers", run: parsers::run, in_tests: 20_000 },
+    Target { name: "plan", run: plan::run, in_tests: 20_000 },
+    Target { name: "script", run: script::run, in_tests: 20_000 },
+];
+
+/// Whether a value that was read comes out of JSON as it went in.
+fn round_trips<T>(value: &T)
+where
+    T: serde::Serialize + serde::de::DeserializeOwned + PartialEq + std::fmt::Debug,
+{
+    let json = serde_json::to_string(value).expect("what was read can be written");
+    let again: T = serde_json::from_str(&json).expect("what was written can be read");
+    assert_eq!(&again, value, "{json}");
+}

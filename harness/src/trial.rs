@@ -13,7 +13,7 @@ use crate::sector::Pattern;
 use crate::seed::Seed;
 use crate::shrink::{ShrinkOptions, Shrunk, Signature, shrink_while};
 use crate::sim::calls::{CallLog, ObservedCalls};
-use crate::sim::medium::{Medium, MediumDisk, MediumOptions};
+use crate::sim::medium::{Medium, MediumDisk};
 use crate::sim::server::{PlainServer, Server};
 use crate::sim::subject::geometry_of;
 use crate::sim::{Open, Ran, RunOptions, Subject, run};
@@ -183,10 +183,6 @@ impl Subject for Planting {
 
     fn geometry(&self) -> Geometry {
         self.declared
-    }
-
-    fn medium_options(&self, options: MediumOptions) -> MediumOptions {
-        self.planted.map_or(options, |planted| mutant::medium_options(planted, options))
     }
 
     fn stopping(&mut self) {

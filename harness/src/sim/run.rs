@@ -168,7 +168,7 @@ impl<'a> Run<'a> {
         (setup.workers, setup.io_depth) = (setup.workers.max(1), setup.io_depth.max(1));
         let medium = subject.uses_medium().then(|| {
             let (bytes, volatile_cache, atomic_bytes) = (setup.bytes, setup.volatile_cache, setup.logical_block);
-            Medium::new(subject.medium_options(MediumOptions { bytes, volatile_cache, atomic_bytes }))
+            Medium::new(MediumOptions { bytes, volatile_cache, atomic_bytes })
         });
         let slots = setup.workers as usize * setup.io_depth as usize + SWEEP_DEPTH;
         let mut rng = seed.derive("simulator", 0).rng();

@@ -9,7 +9,7 @@ use crate::fault::{FaultPlan, Faults};
 use crate::script::Setup;
 use crate::seed::Seed;
 use crate::sim::calls::{CallLog, ObservedCalls};
-use crate::sim::medium::{Medium, MediumDisk, MediumOptions};
+use crate::sim::medium::{Medium, MediumDisk};
 use crate::sim::server::{PlainServer, Server};
 
 /// Why a server is opened.
@@ -38,11 +38,6 @@ pub trait Subject {
     /// what is lost beyond that is for [`open`](Self::open) to lose.
     fn uses_medium(&self) -> bool {
         true
-    }
-
-    /// The medium that it is to be stored on, where it wants another than the one described.
-    fn medium_options(&self, options: MediumOptions) -> MediumOptions {
-        options
     }
 
     /// The device is about to be closed in order; requests may still be on their way.

@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
+use ublkit::{Backend, Geometry, Operation, WriteFlags, ZeroFlags};
 
 use crate::event::Event;
 use crate::oracle::{Oracle, Oracles};
@@ -83,10 +83,8 @@ impl Server for Odd {
     fn take(&mut self, mut work: Work, buffers: &mut Buffers) {
         self.works.push(work);
         match self.what {
-            What::Halves => {
-                if work.len >= 1024 && matches!(work.operation, ublkit::Operation::Read | ublkit::Operation::Write) {
-                    work.len = work.len / 1024 * 512;
-                }
+            What::Halves if work.len >= 1024 && matches!(work.operation, Operation::Read | Operation::Write) => {
+                work.len = work.len / 1024 * 512;
             }
             What::Forgets { .. } => return,
             _ => {}

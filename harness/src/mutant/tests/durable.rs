@@ -162,7 +162,7 @@ fn blocks_tear_below_their_size() {
             assert_eq!(plot.hits.count(), u64::from(mutant == Mutant::TornBelowAtomic));
             let _cut = medium.power_cut(&mut Seed::new(seed).rng());
             let mut buf = [0; 4096];
-            assert!(backend.read_at(&mut buf, 0).is_ok());
+            assert!(backend.read_at(&mut buf, 4096).is_ok());
             buf.contains(&0) && buf.contains(&7)
         })
     };

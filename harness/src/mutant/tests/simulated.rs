@@ -122,15 +122,22 @@ fn simulate(mutant: Mutant, seed: u64, ops: u32) -> (Ran, Plot) {
 
 #[test]
 fn every_mutant_is_found_by_whom_it_is_expected_to_be() {
+    let mut wrong = Vec::new();
     for mutant in Mutant::ALL.into_iter().filter(|mutant| !mutant.is_control()) {
         // What is rare may be missed once.
         let found = (0..3).find_map(|seed| {
             let (ran, plot) = simulate(mutant, seed, 10_000);
             ran.failure.map(|failure| (failure, plot.hits.count()))
         });
-        let Some((failure, hits)) = found else { panic!("{mutant} is not found") };
-        assert!(hits > 0 && mutant.spec().oracles.contains(&failure.oracle), "{mutant}: {failure:?}");
+        // The error that sticks is admitted to, and found all the same: nobody listens here.
+        let expected = found.as_ref().is_some_and(|(failure, hits)| {
+            (*hits > 0 || mutant == Mutant::ErrorSticky) && mutant.spec().oracles.contains(&failure.oracle)
+        });
+        if !expected {
+            wrong.push((mutant, found.map(|(failure, hits)| (failure.oracle, failure.after_ops, hits))));
+        }
     }
+    assert!(wrong.is_empty(), "{wrong:?}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! tmp
+//! A trial from its seed, shrunk and told.
 use ublkit_harness::script::Workload;
 use ublkit_harness::seed::Seed;
 use ublkit_harness::shrink::ShrinkOptions;

@@ -33,7 +33,7 @@ use crate::oracle::{Oracle, Oracles};
 use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
-use crate::sector::{Generation, Pattern, SECTOR, is_zero, next_generation};
+use crate::sector::{Generation, Pattern, SECTOR, TABLE_SECTORS, WORDS, is_zero, next_generation};
 use crate::shadow::{DiscardPromise, Verified};
 use crate::sparse::Sparse;
 use crate::stamp::Stamp;
@@ -276,7 +276,8 @@ impl Ledger {
     pub fn power_cut(&mut self) {
         assert_eq!(self.in_flight(), 0, "a power cut ends everything");
         self.now += 1;
-        let Self { linear, durable, after_cut, now, .. } = self;
+        let Self { linear, durable, after_cut, now, recent, .. } = self;
+        recent.cut();
         durable.power_cut(*now, |block, survivors| {
             linear.reset(block, survivors, *now);
             after_cut.insert(block);
@@ -318,6 +319,12 @@ impl Ledger {
             + self.flights.capacity() * size_of::<Flight>()
             + self.flights.iter().map(|flight| flight.generations.capacity() * size_of::<Generation>()).sum::<usize>()
             + self.after_cut.capacity() * size_of::<u64>()
+    }
+
+    /// Reads that were right in some order, of more orders than could be followed; see [`Linear::loose_reads`].
+    #[must_use]
+    pub const fn loose_reads(&self) -> u64 {
+        self.linear.loose_reads()
     }
 
     /// Blocks, counted from the beginning of the region, that have a sector in `range`.
@@ -391,6 +398,19 @@ impl Ledger {
         }
     }
 
+    /// What a block holds, if it is zeroes or a generation of its own.
+    fn decode(&self, block: u64, bytes: &[u8]) -> Content {
+        if self.holds(block, bytes, Content::Zero) {
+            return Content::Zero;
+        }
+        let lba = self.first_sector(block);
+        let word = bytes.as_chunks::<8>().0.first().map_or(0, |word| u64::from_le_bytes(*word));
+        let position = (lba % TABLE_SECTORS as u64) as usize * WORDS;
+        let origin = self.options.pattern.decode_word(word, position, self.options.device_sectors);
+        let seen = origin.filter(|origin| origin.lba == lba).map(|origin| Content::Written(origin.generation));
+        seen.filter(|&seen| self.holds(block, bytes, seen)).unwrap_or(Content::Unknown)
+    }
+
     /// Sees which of several contents a block has, or what is wrong with it.
     fn look_closer(
         &mut self,
@@ -406,6 +426,10 @@ impl Ledger {
             .find(|&content| content != Content::Unknown && self.holds(block, bytes, content));
         let Some(seen) = seen else {
             if candidates.contains(&Content::Unknown) {
+                let seen = self.decode(block, bytes);
+                if self.linear.read(block, seen, began, self.now).is_err() {
+                    return self.judge(block, bytes, began, Some(seen));
+                }
                 looked.unknown += 1;
                 self.after_cut.remove(&block);
                 return Ok(());

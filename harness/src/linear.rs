@@ -22,8 +22,9 @@
 //! # What has no content of its own
 //! * Zeroes, from several sources. A read of zeroes that has several explanations that make a difference is followed in
 //!   as many *worlds*; a world in which something is wrong is dropped, and so is one that permits nothing another does
-//!   not. When the last is gone, the read is wrong. The worlds of a block are bounded; beyond it is
-//!   [`DisorderKind::Undecided`], which is a failure and no pass.
+//!   not. When the last is gone, the read is wrong. The worlds of a block are bounded: a read beyond the
+//!   bound must still have an explanation in one of them, but nothing follows from it. [`Linear::loose_reads`] counts
+//!   those, for whoever asks what a pass is worth.
 //! * Unknown content explains everything that is read from it, and is followed in the same way.
 //! * A failed change may have taken effect, until its end; one of unknown fate may at any time from its begin on. What
 //!   never was seen is held against nothing.
@@ -45,7 +46,7 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use self::block::{Block, Sweep, VALUES_MAX, Wrong, Zone};
+use self::block::{Block, Judged, Sweep, Unexplained, VALUES_MAX, Zone};
 use self::table::{Entry, Table};
 use crate::classify::Content;
 use crate::outcome::Outcome;
@@ -73,6 +74,7 @@ pub struct Linear {
     /// The stamp of the last event, plus one.
     latest: Stamp,
     blurred: u64,
+    loose_reads: u64,
     /// How many values of a block are remembered one by one.
     values_max: usize,
     spare: Vec<Zone>,
@@ -101,8 +103,6 @@ pub enum DisorderKind {
     Future,
     /// It is none of what was ever there.
     Foreign,
-    /// There are more explanations than can be followed.
-    Undecided,
 }
 
 impl fmt::Display for DisorderKind {
@@ -111,7 +111,6 @@ impl fmt::Display for DisorderKind {
             Self::Stale => "stale",
             Self::Future => "future",
             Self::Foreign => "foreign",
-            Self::Undecided => "undecided",
         })
     }
 }
@@ -142,6 +141,7 @@ impl Linear {
             horizon: 0,
             latest: 0,
             blurred: 0,
+            loose_reads: 0,
             values_max: VALUES_MAX,
             spare: Vec::new(),
         }
@@ -234,9 +234,11 @@ impl Linear {
             busy.read(seen, (began + 1, now + 1), self.horizon, &mut self.spare)
         } else {
             let content = entry.content(self.initial);
-            if content == seen || content == Content::Unknown { Ok(()) } else { Err(Wrong::Unexplained) }
+            if content == seen || content == Content::Unknown { Ok(Judged::Fully) } else { Err(Unexplained) }
         };
-        result.map_err(|wrong| self.disorder(block, seen, began, wrong))
+        let judged = result.map_err(|Unexplained| self.disorder(block, seen, began))?;
+        self.loose_reads += u64::from(judged == Judged::Loosely);
+        Ok(())
     }
 
     /// Every operation that began before `oldest` has ended. What cannot matter any more is dropped.
@@ -301,6 +303,12 @@ impl Linear {
     #[must_use]
     pub fn busy_blocks(&self) -> usize {
         self.blocks.len() - self.free.len()
+    }
+
+    /// How many reads had more explanations than could be followed: they had to have one, and proved nothing more.
+    #[must_use]
+    pub const fn loose_reads(&self) -> u64 {
+        self.loose_reads
     }
 
     /// How many values were too many to be remembered one by one.
@@ -369,18 +377,17 @@ impl Linear {
     }
 
     #[cold]
-    fn disorder(&self, block: u64, seen: Content, began: Stamp, wrong: Wrong) -> Disorder {
+    fn disorder(&self, block: u64, seen: Content, began: Stamp) -> Disorder {
         let entry = self.table.get(block);
         let (newest, zeroed) = entry.slot().map_or((entry.newest(), entry.zeroed()), |slot| {
             let busy = &self.blocks[slot];
             (busy.newest, busy.zeroed)
         });
-        let kind = match (wrong, seen) {
-            (Wrong::TooMany, _) => DisorderKind::Undecided,
-            (_, Content::Written(generation)) if is_newer(generation, newest) => DisorderKind::Future,
-            (_, Content::Written(_)) => DisorderKind::Stale,
-            (_, Content::Zero) if zeroed || self.initial == Content::Zero => DisorderKind::Stale,
-            (_, Content::Zero | Content::Unknown) => DisorderKind::Foreign,
+        let kind = match seen {
+            Content::Written(generation) if is_newer(generation, newest) => DisorderKind::Future,
+            Content::Written(_) => DisorderKind::Stale,
+            Content::Zero if zeroed || self.initial == Content::Zero => DisorderKind::Stale,
+            Content::Zero | Content::Unknown => DisorderKind::Foreign,
         };
         Disorder { block, seen, kind, candidates: self.candidates(block, began) }
     }

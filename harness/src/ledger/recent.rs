@@ -18,6 +18,8 @@ pub(super) struct Recent {
     capacity: usize,
     /// How many operations were ever remembered.
     count: u64,
+    /// How many had been when the power was last cut.
+    cut: Option<u64>,
 }
 
 /// An operation, and how it ended.
@@ -33,7 +35,7 @@ pub(super) struct Entry {
 impl Recent {
     pub(super) fn for_blocks(blocks: u64) -> Self {
         let capacity = (blocks / 8).clamp(256, 16_384) as usize;
-        Self { ring: Vec::with_capacity(capacity), capacity, count: 0 }
+        Self { ring: Vec::with_capacity(capacity), capacity, count: 0, cut: None }
     }
 
     /// Remembers an operation; the number it returns is for [`finish`](Self::finish).
@@ -108,6 +110,21 @@ impl Recent {
             }
         }
         None
+    }
+
+    /// The power is cut.
+    pub(super) fn cut(&mut self) {
+        self.cut = Some(self.count);
+    }
+
+    /// Whether nobody has changed `sector` since the power was cut, or read it, but for the last operation that ended.
+    pub(super) fn is_unseen_since_cut(&self, sector: u64) -> bool {
+        let Some(cut) = self.cut.filter(|cut| self.count - cut < self.capacity as u64) else { return false };
+        let since = self.newest_first().take((self.count - cut) as usize);
+        let touching = since.filter(|entry| entry.range.contains(sector));
+        let telling = touching.filter(|entry| entry.kind.changes() || entry.outcome == Some(Outcome::Done));
+        // The read that asks is one of them.
+        telling.count() <= 1
     }
 
     fn newest_first(&self) -> impl Iterator<Item = Entry> {

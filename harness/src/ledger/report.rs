@@ -62,7 +62,8 @@ impl Ledger {
     }
 
     fn who_says(&self, block: u64, class: &Class, expected: &Expected) -> Oracle {
-        let unseen_since_cut = self.after_cut.contains(&block);
+        let unseen_since_cut =
+            self.after_cut.contains(&block) || self.recent.is_unseen_since_cut(self.first_sector(block));
         let order = matches!(
             class,
             Class::Lost { .. } | Class::Stale { .. } | Class::Future { .. } | Class::Zero | Class::Torn { .. }

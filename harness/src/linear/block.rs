@@ -10,11 +10,12 @@ use crate::stamp::Stamp;
 /// How many values that are no longer in flight a block remembers one by one.
 pub(super) const VALUES_MAX: usize = 64;
 
-/// How many alternative explanations of what was seen a block may have.
-pub(super) const WORLDS_MAX: usize = 256;
+/// How many alternative explanations of what was seen a block may have after one read.
+const WORLDS_MAX: usize = 256;
 
-/// With more worlds than this, a read that unknown content explains is not held against that content any more.
-const WORLDS_MANY: usize = 64;
+/// With more worlds than this, a read that zeroes or unknown content explain is not held against them any more: it counts
+/// as judged, and narrows nothing down.
+pub(super) const WORLDS_MANY: usize = 64;
 
 /// How much scratch is kept from one read to the next.
 const SPARE_MAX: usize = 256;
@@ -63,13 +64,17 @@ struct Blur {
     any: bool,
 }
 
-/// Why a read is wrong.
+/// No value that the block may hold explains a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Wrong {
-    /// No value that the block may hold explains it.
-    Unexplained,
-    /// There are more explanations than can be followed.
-    TooMany,
+pub(super) struct Unexplained;
+
+/// How a read that is right was judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Judged {
+    /// With all that follows from it.
+    Fully,
+    /// There were more explanations than can be followed, so that nothing follows from it.
+    Loosely,
 }
 
 /// What is to become of a block after a sweep.
@@ -394,23 +399,42 @@ impl Block {
         (began, now): (Stamp, Stamp),
         horizon: Stamp,
         spare: &mut Vec<Zone>,
-    ) -> Result<(), Wrong> {
+    ) -> Result<Judged, Unexplained> {
         let is_seen = |value: &Value| value.matter.content() == seen;
         if self.wild == 0
             && let Content::Written(_) = seen
             && self.zones.len() == self.values.len()
         {
-            let at = self.values.iter().position(is_seen).ok_or(Wrong::Unexplained)?;
+            let at = self.values.iter().position(is_seen).ok_or(Unexplained)?;
             if !self.zones[at].explains(began) {
-                return Err(Wrong::Unexplained);
+                return Err(Unexplained);
             }
             observe(&mut self.zones, at, began, now);
-            return Ok(());
+            return Ok(Judged::Fully);
         }
-        self.branch(seen, (began, now), horizon, spare)
+        let many = self.worlds() > WORLDS_MANY;
+        if !many && self.branch(seen, (began, now), horizon, spare, false) {
+            self.adopt(spare)?;
+            return Ok(Judged::Fully);
+        }
+        // One world for each there was, at most.
+        self.branch(seen, (began, now), horizon, spare, true);
+        self.adopt(spare)?;
+        Ok(Judged::Loosely)
     }
 
-    /// Follows every explanation of what was seen that could make a difference.
+    fn adopt(&mut self, spare: &mut Vec<Zone>) -> Result<(), Unexplained> {
+        if spare.is_empty() {
+            return Err(Unexplained);
+        }
+        self.zones.clear();
+        self.zones.extend_from_slice(spare);
+        spare.shrink_to(SPARE_MAX);
+        Ok(())
+    }
+
+    /// Follows every explanation of what was seen that could make a difference; of those that are `loose`, by zeroes or
+    /// unknown content, none. Returns false when there are too many.
     #[cold]
     fn branch(
         &mut self,
@@ -418,9 +442,9 @@ impl Block {
         (began, now): (Stamp, Stamp),
         horizon: Stamp,
         spare: &mut Vec<Zone>,
-    ) -> Result<(), Wrong> {
+        loose: bool,
+    ) -> bool {
         let values = self.values.len();
-        let many = self.worlds() > WORLDS_MANY;
         let exact = self.is_exact(seen);
         spare.clear();
         for world in self.zones.chunks_exact(values) {
@@ -428,9 +452,9 @@ impl Block {
                 if !self.may_be(at, seen, exact) || !world[at].explains(began) {
                     continue;
                 }
-                let matter = self.values[at].matter;
-                let free = matter == Matter::Blur || many && matter == Matter::Any || is_moot(world, at, began);
-                if free {
+                let vague = matches!(self.values[at].matter, Matter::Any | Matter::Zero);
+                let blur = self.values[at].matter == Matter::Blur;
+                if blur || loose && vague || is_moot(world, at, began) {
                     // What permits everything that the others do makes them superfluous.
                     spare.extend_from_slice(world);
                     admit_last(spare, values, horizon);
@@ -441,17 +465,11 @@ impl Block {
                 observe(&mut spare[branch..], at, began, now);
                 admit_last(spare, values, horizon);
             }
-            if spare.len() > WORLDS_MAX * values {
-                return Err(Wrong::TooMany);
+            if !loose && spare.len() > WORLDS_MAX * values {
+                return false;
             }
         }
-        if spare.is_empty() {
-            return Err(Wrong::Unexplained);
-        }
-        self.zones.clear();
-        self.zones.extend_from_slice(spare);
-        spare.shrink_to(SPARE_MAX);
-        Ok(())
+        true
     }
 
     /// Whether `seen` is a generation that is remembered, and therefore none of those that are not.

@@ -105,7 +105,6 @@ struct Tally {
     stale: u64,
     future: u64,
     foreign: u64,
-    undecided: u64,
     wrong_zeroes: u64,
     failed: u64,
     unknown: u64,
@@ -344,7 +343,6 @@ impl Bench {
                     DisorderKind::Stale => tally.stale += 1,
                     DisorderKind::Future => tally.future += 1,
                     DisorderKind::Foreign => tally.foreign += 1,
-                    DisorderKind::Undecided => tally.undecided += 1,
                 }
             }
         }
@@ -429,7 +427,7 @@ fn agrees_with_every_order_there_is() {
     assert!(tally.stale > 10_000 && tally.future > 3_000 && tally.foreign > 3_000, "{tally:?}");
     assert!(tally.failed > 10_000 && tally.unknown > 10_000 && tally.resets > 10_000, "{tally:?}");
     assert!(tally.anything > 5_000 && tally.ranges > 10_000 && tally.wrong_zeroes > 2_000, "{tally:?}");
-    assert!(tally.settled > 5_000 && tally.undecided == 0, "{tally:?}");
+    assert!(tally.settled > 5_000, "{tally:?}");
 }
 
 /// Longer and deeper ones, in which what was dropped and what was merged would be missed.
@@ -616,9 +614,9 @@ fn what_a_power_cut_left_is_settled_by_the_first_read() {
     assert_eq!(serde_json::from_str::<Disorder>(&json).ok(), Some(foreign));
 }
 
-/// So many writes of zeroes at once that nobody could tell which of them was seen: given up, and said so.
+/// So many writes of zeroes at once that nobody could tell which of them was seen: said so, and never called wrong.
 #[test]
-fn what_cannot_be_decided_is_no_pass() {
+fn what_cannot_be_followed_is_counted() {
     let mut linear = Linear::new(1, Content::Zero);
     let mut rng = Seed::new(1).rng();
     let mut now = 0;
@@ -626,7 +624,6 @@ fn what_cannot_be_decided_is_no_pass() {
         now += 1;
         now
     };
-    let mut undecided = 0;
     let mut generation = 0;
     for _ in 0..10 {
         let began: Vec<_> = (0..12)
@@ -642,19 +639,15 @@ fn what_cannot_be_decided_is_no_pass() {
             linear.begin_change(0..1, |_| Content::Written(generation), write);
             linear.end_change(0..1, |_| Content::Written(generation), write, tick(), Outcome::Done);
             let read = tick();
-            match linear.read(0, Content::Zero, read, tick()) {
-                Ok(()) => {}
-                Err(disorder) => {
-                    assert_eq!(disorder.kind, DisorderKind::Undecided, "{disorder}");
-                    undecided += 1;
-                }
-            }
+            assert_eq!(linear.read(0, Content::Zero, read, tick()), Ok(()));
+            let stale = linear.read(0, Content::Written(generation + 1), tick(), tick());
+            assert_eq!(stale.expect_err("not written yet").kind, DisorderKind::Future);
         }
         for began in began {
             linear.end_change(0..1, |_| Content::Zero, began, tick(), Outcome::Done);
         }
         linear.horizon(tick());
     }
-    assert!(undecided > 5, "{undecided}");
+    assert!(linear.loose_reads() > 5, "{}", linear.loose_reads());
     assert!(linear.memory_bytes() < 4 << 20, "{} bytes", linear.memory_bytes());
 }

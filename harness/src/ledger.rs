@@ -356,6 +356,7 @@ impl Ledger {
         }
     }
 
+    #[expect(clippy::needless_pass_by_value, reason = "a ticket is used up")]
     fn land(&mut self, ticket: Ticket, outcome: Outcome) -> Flight {
         self.now += 1;
         let Ticket { slot, began } = ticket;

@@ -157,7 +157,7 @@ impl Planting {
         let mut plot = Plot::new(header.seed.derive("plot", 0));
         let admitting = faults.clone();
         plot.injected = Some(Arc::new(move |kind, range, errno| admitting.admit(kind, range, errno)));
-        plot.logical_block = header.setup.logical_block.into();
+        plot.logical_block = header.setup.logical_block;
         plot.foreign = Some(Arc::new(Pattern::new(header.seed, OTHER_DEVICE)));
         Self { planted: header.mutant, plot, described, declared, reorder: header.setup.reorder, calls, faults }
     }

@@ -36,7 +36,9 @@ pub(super) fn strike_more_often(search: &mut Search<'_>) {
 pub(super) fn drop_faults(search: &mut Search<'_>) {
     search.offer(|script| script.faults.rules.clear());
     for at in (0..search.best().faults.rules.len()).rev() {
-        search.offer(|script| drop(script.faults.rules.remove(at)));
+        search.offer(|script| {
+            script.faults.rules.remove(at);
+        });
     }
 }
 

@@ -397,11 +397,11 @@ impl<'a> Run<'a> {
             ("requeued", driver.requeued),
             ("refused_commits", driver.refused_commits),
             ("reissued", driver.reissued),
-            ("injections", self.judges.injections),
             ("steps", self.driver.now),
         ] {
             evidence.add(name, count);
         }
+        self.judges.add_to(&mut evidence);
         let digest = self.trace.digest();
         Ran { ops: counts.ops, evidence, digest, events: self.trace.into_lines(), failure }
     }

@@ -128,7 +128,7 @@ impl Run<'_> {
         self.counts.changes_torn += cut.torn;
         let now = self.driver.now;
         self.trace.note(What::Cut, [cut.kept, cut.lost, cut.torn], || format!("{now}: the power is cut: {cut:?}"));
-        self.judges.observe_power_cut();
+        self.judges.observe_power_cut()?;
         self.ids.reboot();
         self.open(Open::AfterPowerCut)
     }

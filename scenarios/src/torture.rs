@@ -192,13 +192,14 @@ impl Args {
         }
         let target = TargetArgs { faults: self.fault_plan(context), ..self.target.clone() };
         if !target.faults.is_empty() {
-            context.note(format!("faults: {}", target.faults));
+            context.note(format!("faults: {}", target.faults.to_string().replace('\n', "; ")));
         }
         target.start(context).map(Subject::Ours)
     }
 
     fn torture(&self, context: &mut Context, subject: &Subject) -> Result<(), Failure> {
-        let opened = context.step("open", Duration::from_secs(30), |_| subject.open())?;
+        let (_ours_alone, opened) =
+            context.step("open", Duration::from_secs(30), |_| Ok((subject.keep_to_ourselves()?, subject.open()?)))?;
         let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
         let plan = self.plan(context, &opened, &layout)?;
         self.require(context, &plan, &opened, &layout);

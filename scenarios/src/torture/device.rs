@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use ublkit::blkdev;
 use ublkit_harness::DiscardPromise;
@@ -71,6 +72,15 @@ impl Subject {
             Self::Ours(target) => open_ours(target),
             Self::SomebodyElses { path, .. } => open_somebody_elses(path),
         }
+    }
+
+    /// Keeps those away who look at every new disk, udev above all, for as long as what it returns lives: an error that is
+    /// injected into a read of theirs is one that no worker sees. They hold a lock while they look, and do not look while
+    /// somebody else holds it.
+    pub(super) fn keep_to_ourselves(&self) -> Result<Option<Flock<File>>, Failure> {
+        let Self::Ours(target) = self else { return Ok(None) };
+        let lock = Flock::lock(target.open_direct()?, FlockArg::LockExclusive);
+        lock.map(Some).map_err(|(_, errno)| Failure::Environment(format!("failed to lock the device: {errno}")))
     }
 
     pub(super) fn close(self, context: &mut Context) -> Result<(), Failure> {

@@ -268,6 +268,25 @@ impl Ledger {
         })
     }
 
+    /// A server died, and what it had in hand is given to the next one: whatever is in flight may take effect twice.
+    pub fn reissued(&mut self) {
+        self.now += 1;
+        let Self { flights, linear, now, .. } = self;
+        for flight in flights.iter() {
+            let Some(kind) = flight.kind.filter(|kind| kind.changes()) else { continue };
+            let first = flight.range.first - self.options.region.first;
+            let block = u64::from(self.options.block_sectors);
+            let blocks = first / block..(first + flight.range.sectors) / block;
+            let start = blocks.start;
+            let content = |block: u64| match kind {
+                OpKind::Write | OpKind::WriteFua => Content::Written(flight.generations[(block - start) as usize]),
+                OpKind::Discard if self.options.discard == DiscardPromise::Nothing => Content::Unknown,
+                _ => Content::Zero,
+            };
+            linear.repeat(blocks, content, flight.began, *now);
+        }
+    }
+
     /// The power was cut, and is back. Nothing is in flight: what was has ended, with [`Outcome::Unknown`] where nobody
     /// knows how.
     ///

@@ -189,9 +189,12 @@ impl Judges {
         }
     }
 
-    /// The server died.
-    pub(crate) fn observe_death(&mut self) {
+    /// The server died; what it had in hand may be given to the next one.
+    pub(crate) fn observe_death(&mut self, reissues: bool) {
         let now = self.clock.tick();
+        if reissues {
+            self.ledger.reissued();
+        }
         if let Some(errors) = &mut self.errors {
             errors.server_died(now);
         }

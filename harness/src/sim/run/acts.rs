@@ -102,7 +102,7 @@ impl Run<'_> {
         self.counts.kills += 1;
         self.counts.kills_in_flight += u64::from(in_flight);
         self.judges.observe_calls();
-        self.judges.observe_death();
+        self.judges.observe_death(self.setup.recovery == Recovery::Reissue);
         if self.setup.recovery == Recovery::None {
             self.close();
             self.open(Open::AfterKill)?;

@@ -24,6 +24,9 @@ use crate::server::{Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
 
+/// The id of a device that there never is. Where a planted bug lets another device's bytes through, they are this one's.
+pub(crate) const NEIGHBOUR: u32 = u32::MAX - 1;
+
 /// Where the device's bytes are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 pub enum BackendKind {

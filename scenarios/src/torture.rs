@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublkit_harness::fault::FaultPlan;
-use ublkit_harness::{IoSize, Mix, Pattern, Plan, PlanOptions, SectorRange};
+use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, SectorRange};
 
 use self::accounts::Accounts;
 use self::crew::Crew;
@@ -204,8 +204,7 @@ impl Args {
         let plan = self.plan(context, &opened, &layout)?;
         self.require(context, &plan, &opened, &layout);
         let outages = self.outages();
-        let pattern = Arc::new(Pattern::new(context.seed(), opened.device_id));
-        let books = layout.books(&opened, &pattern, !outages.is_empty());
+        let books = layout.books(&opened, context.seed(), !outages.is_empty());
         let drawn = context.step("torture", Self::deadline(context), |context| {
             let orders = self.orders(context, &opened);
             let workers = plan.options().workers;

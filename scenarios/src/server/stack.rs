@@ -13,7 +13,7 @@ use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backe
 use ublkit_harness::observe::{Counters, Counts};
 use ublkit_harness::sim::medium::Medium;
 use ublkit_harness::sim::server::PlainServer;
-use ublkit_harness::{Observed, Seed, SeededRng};
+use ublkit_harness::{Observed, Pattern, Seed, SeededRng};
 
 use super::bridge::{Bridge, Forward, Shape};
 use super::freezer::Freezer;
@@ -22,7 +22,7 @@ use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
 use crate::clock::nanoseconds;
 use crate::scenario::Failure;
-use crate::target::TargetArgs;
+use crate::target::{NEIGHBOUR, TargetArgs};
 use crate::torture::outage::Outage;
 
 /// A storage that the server has.
@@ -85,6 +85,7 @@ impl Stack {
         let mut plot = Plot::new(seed);
         plot.medium.clone_from(&storage.medium);
         plot.logical_block = args.logical_block;
+        plot.foreign = Some(Arc::new(Pattern::new(seed, NEIGHBOUR)));
         plot.injected = Some(Arc::new({
             let admitted = Arc::clone(&admitted);
             move |kind, range, errno| {

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use ublkit_harness::{
-    Ledger, LedgerOptions, Oracles, Pattern, PlanOptions, SECTOR, SectorRange, Shadow, ShadowOptions,
+    Ledger, LedgerOptions, Oracles, Pattern, PlanOptions, SECTOR, SectorRange, Seed, Shadow, ShadowOptions,
 };
 
 use super::book::Book;
 use super::device::Opened;
+use crate::target::NEIGHBOUR;
 
 /// Whether workers share a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -76,15 +77,17 @@ impl Layout {
     }
 
     /// The book of each region. All are ledgers where there are `outages`, of which shadows know nothing.
-    pub(super) fn books(&self, opened: &Opened, pattern: &Arc<Pattern>, outages: bool) -> Books {
+    pub(super) fn books(&self, opened: &Opened, seed: Seed, outages: bool) -> Books {
+        let pattern = Arc::new(Pattern::new(seed, opened.device_id));
+        let foreign: Arc<[Pattern]> = Arc::new([Pattern::new(seed, NEIGHBOUR)]);
         let book = |(index, &region): (usize, &SectorRange)| {
             let shared = self.sharing > 0 && index == 0;
             Arc::new(if shared || outages {
                 Book::shared(Ledger::new(LedgerOptions {
                     region,
                     block_sectors: (opened.logical_block / SECTOR as u64) as u32,
-                    pattern: Arc::clone(pattern),
-                    foreign: Arc::new([]),
+                    pattern: Arc::clone(&pattern),
+                    foreign: Arc::clone(&foreign),
                     device_sectors: opened.bytes / SECTOR as u64,
                     initially_zero: opened.zeroed,
                     discard: opened.discard,
@@ -98,8 +101,8 @@ impl Layout {
                 let shadow = Shadow::new(ShadowOptions {
                     region,
                     worker,
-                    pattern: Arc::clone(pattern),
-                    foreign: Arc::new([]),
+                    pattern: Arc::clone(&pattern),
+                    foreign: Arc::clone(&foreign),
                     device_sectors: opened.bytes / SECTOR as u64,
                     initially_zero: opened.zeroed,
                 });

@@ -13,6 +13,7 @@
 
 pub mod aligned;
 pub mod cli;
+mod clock;
 pub mod context;
 pub mod environment;
 mod inventory;

@@ -12,14 +12,20 @@ use nix::libc;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use ublkit::{Backend, Geometry, backends};
-use ublkit_harness::Evidence;
-use ublkit_harness::mutant::{Layer, OnDevice, Planted};
+use ublkit_harness::fault::FaultPlan;
+use ublkit_harness::mutant::{OnDevice, Planted};
 use ublkit_harness::observe::Counts;
+use ublkit_harness::sim::medium::{Medium, MediumDisk, MediumOptions};
+use ublkit_harness::{DiscardPromise, Evidence};
 
 use crate::context::Context;
 use crate::scenario::Failure;
-use crate::server::{Served, Server, Status};
+use crate::server::{Served, Server, Status, Testimony};
+use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
+
+/// The id of a device that there never is. Where a planted bug lets another device's bytes through, they are this one's.
+pub(crate) const NEIGHBOUR: u32 = u32::MAX - 1;
 
 /// Where the device's bytes are kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -28,6 +34,8 @@ pub enum BackendKind {
     Memory,
     /// A sparse temporary file, written through the page cache, with flush and FUA.
     File,
+    /// A simulated disk in memory, whose volatile cache a power cut may lose.
+    Medium,
 }
 
 /// How data moves between kernel and server.
@@ -83,9 +91,15 @@ pub struct TargetArgs {
     /// What the device can do beside reading and writing, or `none`
     #[arg(long, value_name = "LIST", default_value = "flush,fua,discard,zeroes", value_parser = parse_capabilities)]
     pub capabilities: Capabilities,
-    /// Plant a bug in the backend, such as lost-write or bitflip-read; NAME:N for one in N requests
+    /// Promise nothing of what was discarded; otherwise it reads as zeroes
+    #[arg(long)]
+    pub discard_promises_nothing: bool,
+    /// Plant a bug, such as lost-write or bitflip-read; NAME:N for one in N requests
     #[arg(long, value_name = "NAME[:N]", value_parser = parse_planted)]
     pub mutant: Option<Planted>,
+    /// Faults between the device and its storage, once they are switched on
+    #[arg(skip)]
+    pub faults: FaultPlan,
 }
 
 /// A set of [`Capability`].
@@ -115,12 +129,10 @@ fn parse_capabilities(text: &str) -> Result<Capabilities, String> {
 fn parse_planted(text: &str) -> Result<Planted, String> {
     let planted: Planted = text.parse()?;
     let spec = planted.mutant.spec();
-    let why = match spec.device {
-        OnDevice::No(why) => why,
-        OnDevice::Yes if spec.layer == Layer::Lifecycle || spec.is_in_server() => "it is not one of a backend",
-        OnDevice::Yes => return Ok(planted),
-    };
-    Err(format!("{} cannot be planted in the backend of a device: {why}", spec.name))
+    match spec.device {
+        OnDevice::Yes => Ok(planted),
+        OnDevice::No(why) => Err(format!("'{}' cannot be planted in a device: {why}", spec.name)),
+    }
 }
 
 impl TargetArgs {
@@ -141,6 +153,7 @@ impl TargetArgs {
             ("logical_block", json!(self.logical_block)),
             ("max_io", json!(self.max_io)),
             ("capabilities", json!(list)),
+            ("discard_promises_nothing", json!(self.discard_promises_nothing)),
             ("mutant", json!(self.mutant.map(|planted| planted.to_string()))),
         ]
         .into_iter()
@@ -187,16 +200,44 @@ impl TargetArgs {
     fn serve_by(&self, context: &Context, server: Arc<Server>, storage: Option<usize>) -> Result<Target, Failure> {
         let (device, index) = server.serve(self, context.seed(), storage)?;
         context.record.made(device.id);
-        Ok(Target { served: device, storage: Storage { server, index }, geometry: self.geometry() })
+        Ok(Target {
+            served: device,
+            storage: Storage { server, index },
+            geometry: self.geometry(),
+            // The page cache copies without a lock.
+            torn_by_races: self.backend == BackendKind::File,
+            discard: if self.discard_promises_nothing { DiscardPromise::Nothing } else { DiscardPromise::Zeroes },
+        })
     }
 
     /// Makes the storage, in this process.
-    pub(crate) fn storage(&self) -> Result<Arc<dyn Backend>, Failure> {
+    pub(crate) fn storage(&self) -> Result<Made, Failure> {
         let geometry = self.geometry();
         Ok(match self.backend {
-            BackendKind::Memory => Arc::new(backends::Memory::with_geometry(geometry)),
-            BackendKind::File => Arc::new(temporary_file(&geometry)?),
+            BackendKind::Memory => Made::of(backends::Memory::with_geometry(geometry)),
+            BackendKind::File => Made::of(temporary_file(&geometry)?),
+            BackendKind::Medium => {
+                let medium = Medium::new(MediumOptions {
+                    bytes: geometry.size,
+                    volatile_cache: geometry.volatile_cache,
+                    atomic_bytes: geometry.logical_block,
+                });
+                Made { backend: Arc::new(MediumDisk::new(medium.clone(), geometry)), medium: Some(medium) }
+            }
         })
+    }
+}
+
+/// Storage that was made.
+pub(crate) struct Made {
+    pub(crate) backend: Arc<dyn Backend>,
+    /// The disk that can lose its cache, if it is one.
+    pub(crate) medium: Option<Medium>,
+}
+
+impl Made {
+    pub(crate) fn of(backend: impl Backend) -> Self {
+        Self { backend: Arc::new(backend), medium: None }
     }
 }
 
@@ -254,6 +295,8 @@ pub struct Target {
     served: Served,
     storage: Storage,
     geometry: Geometry,
+    torn_by_races: bool,
+    discard: DiscardPromise,
 }
 
 impl Target {
@@ -297,6 +340,39 @@ impl Target {
     #[must_use]
     pub fn geometry(&self) -> &Geometry {
         &self.geometry
+    }
+
+    /// What it promises of what was discarded.
+    #[must_use]
+    pub const fn discard_promise(&self) -> DiscardPromise {
+        self.discard
+    }
+
+    /// Whether a read may find a block torn while a write to it is under way.
+    #[must_use]
+    pub const fn torn_by_races(&self) -> bool {
+        self.torn_by_races
+    }
+
+    /// Cuts the power, or ends the server: from now on every request fails, and whatever was between kernel and storage is
+    /// gone. Returns when nothing is under way any more.
+    pub(crate) fn kill(&self, outage: Outage) -> Result<(), Failure> {
+        self.storage.server.kill(&self.served, outage)
+    }
+
+    /// Requests are served again.
+    pub(crate) fn revive(&self) -> Result<(), Failure> {
+        self.storage.server.revive(&self.served)
+    }
+
+    /// Switches the faults on or off.
+    pub(crate) fn faults(&self, on: bool) -> Result<(), Failure> {
+        self.storage.server.faults(&self.served, on)
+    }
+
+    /// What happened at the storage since this was last asked.
+    pub(crate) fn testimony(&self) -> Result<Testimony, Failure> {
+        self.storage.server.testimony(&self.served)
     }
 
     /// What the kernel has asked of the backend until now.

@@ -1,12 +1,24 @@
 //! `torture`: seeded random I/O, every byte verified.
 //!
-//! Each worker owns a region of the device and a [shadow](ublkit_harness::Shadow) of it, and keeps many operations in flight through an io_uring
-//! of its own: reads, writes, flushes, FUA writes, discards, writes of zeroes, of any length and place that the device
-//! allows. What it reads is compared with the shadow at once; from time to time it reads its whole region. When all are
-//! done, everything is compared twice more: through a second opening of the device, and, for a device served here, in
-//! the bytes of its storage.
+//! Each worker keeps many operations in flight through an io_uring of its own: reads, writes, flushes, FUA writes,
+//! discards, writes of zeroes, of any length and place that the device allows. One half of the workers owns a region each,
+//! with a [shadow](ublkit_harness::Shadow) that knows what is there; the others share one, where their operations
+//! overlap as they will, and a [ledger](ublkit_harness::Ledger) that knows what each order of them may leave there.
+//! What is read is compared at once; from time to time a worker reads its whole region. When all are done, everything is
+//! compared twice more: through a second opening of the device, and, for a device served here, in the bytes of its
+//! storage.
 
+mod accounts;
+mod book;
+mod crew;
 mod device;
+mod faults;
+mod flights;
+pub mod mutants;
+pub(crate) mod outage;
+mod shared;
+mod sharing;
+mod tally;
 mod verify;
 mod worker;
 
@@ -17,21 +29,24 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use ublkit_harness::event::{Event, Progress};
-use ublkit_harness::{IoSize, Mix, Pattern, Plan, PlanOptions, SectorRange};
+use ublkit_harness::fault::FaultPlan;
+use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, SectorRange};
 
+use self::accounts::Accounts;
+use self::crew::Crew;
 use self::device::{Opened, Subject};
-use self::worker::{Limits, Shared, Tally, Worker};
+use self::faults::Choice;
+use self::outage::Outage;
+use self::shared::{Orders, Shared};
+use self::sharing::{Books, Layout, Sharing};
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Scenario};
-use crate::target::TargetArgs;
-use crate::units::parse_bytes;
+use crate::target::{BackendKind, TargetArgs};
+use crate::units::{parse_bytes, parse_duration};
 
 /// How long a run goes on when nobody says.
 const DEFAULT_DURATION: Duration = Duration::from_secs(30);
-/// How often progress is told.
-const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 /// How long the last operations may take once the workers were told to end.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
 /// How long one pass of the final verification may take.
@@ -44,19 +59,22 @@ pub struct Args {
     common: CommonArgs,
     #[command(flatten)]
     target: TargetArgs,
-    /// Workers, each with a region of the device to itself
+    /// Workers
     #[arg(long, value_name = "N", default_value_t = 4, help_heading = "Workload")]
     workers: u32,
     /// Operations that each worker keeps in flight
     #[arg(long, value_name = "N", default_value_t = 16, help_heading = "Workload")]
     io_depth: u16,
+    /// Whether workers share a region, where their operations overlap, or have one each; or half of them this, half that
+    #[arg(long, value_enum, default_value = "both", help_heading = "Workload")]
+    sharing: Sharing,
     /// How often each kind of operation is drawn
     #[arg(long, value_name = "LIST", default_value_t = Mix::default(), help_heading = "Workload")]
     mix: Mix,
     /// How long operations are: `any`, or a fixed number of bytes
     #[arg(long, value_name = "BYTES", default_value = "any", value_parser = parse_io_size, help_heading = "Workload")]
     io_size: IoSize,
-    /// The largest region of a worker. Regions are spread over the device, the last one up to its end; small ones are
+    /// The largest region of a worker, or of those that share one. Regions are spread over the device, the last one up to its end; small ones are
     /// overwritten more often, and passes over them are shorter
     #[arg(long, value_name = "BYTES", default_value = "16M", value_parser = parse_bytes, help_heading = "Workload")]
     region: u64,
@@ -66,6 +84,19 @@ pub struct Args {
     /// Leave out the passes over the whole region while operations are drawn
     #[arg(long, help_heading = "Workload")]
     no_passes: bool,
+    /// How long an operation may take before that is a hang
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, help_heading = "Workload")]
+    stall: Duration,
+    /// Faults between the device and its storage: rules such as `write rate 1/500: error EIO after`, separated by
+    /// semicolons; `draw` for rare errors and delays; or `none`. By default drawn, unless a bug is planted
+    #[arg(long, value_name = "PLAN", conflicts_with = "device", help_heading = "Faults")]
+    faults: Option<Choice>,
+    /// Cut the power about so often, under load: what no flush had made durable may be lost. Needs `--backend medium`
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with = "device", help_heading = "Faults")]
+    cut_every: Option<Duration>,
+    /// Have another server take over about so often, under load
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with = "device", help_heading = "Faults")]
+    restart_every: Option<Duration>,
     /// Torture this block device, whoever serves it, instead of one of our own. Its content is destroyed
     #[arg(long, value_name = "PATH", requires = "yes_destroy_data", help_heading = "Device of somebody else's")]
     device: Option<std::path::PathBuf>,
@@ -76,6 +107,10 @@ pub struct Args {
 
 fn parse_io_size(text: &str) -> Result<IoSize, String> {
     if text == "any" { Ok(IoSize::Any) } else { parse_bytes(text).map(IoSize::Fixed) }
+}
+
+fn milliseconds(time: Option<Duration>) -> Value {
+    json!(time.map(|time| time.as_millis() as u64))
 }
 
 fn read_device(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
@@ -100,11 +135,16 @@ impl Scenario for Args {
             [
                 ("workers", json!(self.workers)),
                 ("io_depth", json!(self.io_depth)),
+                ("sharing", json!(self.sharing)),
                 ("mix", json!(self.mix.to_string())),
                 ("io_size", io_size),
                 ("region", json!(self.region)),
                 ("prefill", json!(self.prefill)),
                 ("passes", json!(!self.no_passes)),
+                ("faults", self.fault_choice().option()),
+                ("stall_ms", milliseconds(Some(self.stall))),
+                ("cut_every_ms", milliseconds(self.cut_every)),
+                ("restart_every_ms", milliseconds(self.restart_every)),
             ]
             .map(|(name, value)| (name.to_owned(), value)),
         );
@@ -122,14 +162,22 @@ impl Scenario for Args {
         if self.io_depth == 0 || self.io_depth > 1024 {
             return Err(Failure::Usage(format!("an I/O depth of {}: choose 1 to 1024", self.io_depth)));
         }
+        if self.stall < Duration::from_secs(1) {
+            return Err(Failure::Usage("a stall of less than 1s: busy machines pause for longer".to_owned()));
+        }
+        if self.outages().iter().any(|(_, every)| *every < Duration::from_millis(100)) {
+            return Err(Failure::Usage("outages more often than every 100ms leave no time for work".to_owned()));
+        }
+        if self.cut_every.is_some() && self.target.backend != BackendKind::Medium {
+            return Err(Failure::Usage(
+                "--cut-every needs a disk that can lose its cache: add --backend medium".to_owned(),
+            ));
+        }
         Ok(())
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
-        let subject = context.step("start", Duration::from_secs(60), |context| match &self.device {
-            Some(path) => Subject::somebody_elses(path),
-            None => self.target.start(context).map(Subject::Ours),
-        })?;
+        let subject = context.step("start", Duration::from_secs(60), |context| self.start(context))?;
         // Whatever comes of it, the device is closed; the first failure is the one that counts.
         let tortured = self.torture(context, &subject);
         let closed = context.always("close", Duration::from_secs(120), |context| subject.close(context));
@@ -138,37 +186,54 @@ impl Scenario for Args {
 }
 
 impl Args {
+    fn start(&self, context: &Context) -> Result<Subject, Failure> {
+        if let Some(path) = &self.device {
+            return Subject::somebody_elses(path);
+        }
+        let target = TargetArgs { faults: self.fault_plan(context), ..self.target.clone() };
+        if !target.faults.is_empty() {
+            context.note(format!("faults: {}", target.faults.to_string().replace('\n', "; ")));
+        }
+        target.start(context).map(Subject::Ours)
+    }
+
     fn torture(&self, context: &mut Context, subject: &Subject) -> Result<(), Failure> {
-        let opened = context.step("open", Duration::from_secs(30), |_| subject.open())?;
-        let plan = self.plan(context, &opened)?;
-        self.require(context, &plan, &opened);
-        let mut workers = Vec::new();
+        let (_ours_alone, opened) =
+            context.step("open", Duration::from_secs(30), |_| Ok((subject.keep_to_ourselves()?, subject.open()?)))?;
+        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        let plan = self.plan(context, &opened, &layout)?;
+        self.require(context, &plan, &opened, &layout);
+        let outages = self.outages();
+        let books = layout.books(&opened, context.seed(), !outages.is_empty());
         let drawn = context.step("torture", Self::deadline(context), |context| {
-            let outcome;
-            (workers, outcome) = self.work(context, &plan, &opened)?;
+            let orders = self.orders(context, &opened);
+            let workers = plan.options().workers;
+            let accounts =
+                opened.ours.then(|| Accounts::new(workers, self.errors_may_be(), opened.capabilities.flush));
+            let shared = Arc::new(Shared::new(orders, workers, accounts, Arc::clone(context.watchdog())));
+            let crew = Crew { subject, opened: &opened, plan: &plan, layout: &layout, books: &books, outages };
+            let outcome = crew.work(context, &shared);
+            let total = shared.total();
             outcome?;
-            let (ops, bytes) = workers.iter().fold((0, 0), |(ops, bytes), worker| {
-                (ops + worker.tally().ops(), bytes + worker.tally().verified_bytes())
-            });
-            context.detail(format!("{ops} operations, {bytes} bytes verified"));
+            context.detail(format!("{} operations, {} bytes verified", total.ops(), total.verified_bytes()));
             Ok(())
         });
         if let Err(failure) = drawn {
             if matches!(failure, Failure::DeviceBroke(_)) {
-                Self::survey(context, subject, &mut workers);
+                Self::survey(context, subject, &books);
             }
             return Err(failure);
         }
         context.always("verify through a second opening", VERIFY_DEADLINE, |context| {
             let file = subject.open()?.file;
-            let bytes = verify::all(&mut workers, |buf, offset| read_device(&file, buf, offset))?;
+            let bytes = verify::all(books.iter(), |buf, offset| read_device(&file, buf, offset))?;
             context.evidence().add("final_verified_bytes", bytes);
             context.detail(format!("{bytes} bytes"));
             Ok(())
         })?;
         if let Subject::Ours(target) = subject {
             context.always("verify against the storage", VERIFY_DEADLINE, |context| {
-                let bytes = verify::all(&mut workers, |buf, offset| target.storage().read_at(buf, offset))?;
+                let bytes = verify::all(books.iter(), |buf, offset| target.storage().read_at(buf, offset))?;
                 context.evidence().add("storage_verified_bytes", bytes);
                 context.detail(format!("{bytes} bytes"));
                 Ok(())
@@ -180,11 +245,11 @@ impl Args {
 
     /// After the first wrong byte, looks for others: a write that went astray has two victims, and which one is met first
     /// is chance.
-    fn survey(context: &mut Context, subject: &Subject, workers: &mut [Worker]) {
+    fn survey(context: &mut Context, subject: &Subject, books: &Books) {
         // What it finds is told and changes nothing: the run has failed already.
         let _ = context.always("survey", VERIFY_DEADLINE, |context| {
             let file = subject.open()?.file;
-            let found = verify::survey(workers, |buf, offset| read_device(&file, buf, offset));
+            let found = verify::survey(books.iter(), |buf, offset| read_device(&file, buf, offset));
             context.detail(format!("{} places on the device hold what they should not", found.len()));
             for mismatch in found {
                 context.sink().send(mismatch);
@@ -193,25 +258,18 @@ impl Args {
         });
     }
 
-    fn plan(&self, context: &Context, opened: &Opened) -> Result<Plan, Failure> {
+    fn plan(&self, context: &Context, opened: &Opened, layout: &Layout) -> Result<Plan, Failure> {
         let mut options = PlanOptions::new(opened.bytes, opened.logical_block, opened.max_io_bytes, self.workers);
+        layout.apply(&mut options);
         options.depth = u32::from(self.io_depth);
         options.mix = self.mix;
         options.size = self.io_size;
         options.capabilities = opened.capabilities;
-        let most = (self.region / opened.logical_block).max(1) * opened.logical_block / ublkit_harness::SECTOR as u64;
-        let last = options.regions.len() - 1;
-        for (index, region) in options.regions.iter_mut().enumerate() {
-            let sectors = region.sectors.min(most);
-            // The last one keeps to the end of the device, where the edge is.
-            let first = if index == last { region.end() - sectors } else { region.first };
-            *region = SectorRange::new(first, sectors);
-        }
         Plan::new(options, context.seed().derive("torture", 0)).map_err(|error| Failure::Usage(error.to_string()))
     }
 
     /// What a run must have done to be one.
-    fn require(&self, context: &Context, plan: &Plan, opened: &Opened) {
+    fn require(&self, context: &Context, plan: &Plan, opened: &Opened, layout: &Layout) {
         let evidence = context.evidence();
         let mix = plan.options().offered_mix();
         evidence.require("ops", 100);
@@ -230,104 +288,57 @@ impl Args {
         if !self.no_passes {
             evidence.require("passes", 1);
         }
+        let changes = mix.write + mix.fua + mix.discard + mix.zeroes > 0;
+        let in_flight = u64::from(plan.options().workers) * u64::from(self.io_depth);
+        evidence.require("overlaps", u64::from(layout.overlaps() && changes && in_flight > 1));
+        evidence.require("power_cuts", u64::from(self.cut_every.is_some()));
+        evidence.require("restarts", u64::from(self.restart_every.is_some()));
         if opened.ours {
             evidence.require("served_requests", 100);
             evidence.require("storage_verified_bytes", 1);
         }
     }
 
-    fn limits(&self, context: &Context) -> (Limits, Option<Instant>) {
+    fn orders(&self, context: &Context, opened: &Opened) -> Orders {
         // A number of operations alone means no limit of time.
         let duration = context.duration().or_else(|| context.ops().is_none().then_some(DEFAULT_DURATION));
-        let until = duration.map(|duration| Instant::now() + duration);
-        let ops = context.ops().map(|ops| ops.div_ceil(u64::from(self.workers)).max(1));
-        (Limits { ops, until }, until)
+        Orders {
+            ops: context.ops().map(|ops| ops.div_ceil(u64::from(self.workers)).max(1)),
+            until: duration.map(|duration| Instant::now() + duration),
+            passes: !self.no_passes,
+            prefill: self.prefill || !opened.zeroed,
+            max_io_bytes: opened.max_io_bytes,
+            stall: self.stall,
+        }
     }
 
     /// When the step is a hang: its own time, and enough beside it for what is under way to end.
     fn deadline(context: &Context) -> Duration {
-        // Operations are watched one by one (`worker::STALL`); a run by count has only that bound and this generous one.
+        // Operations are watched one by one; a run by count has only that bound and this generous one.
         let by_count = Duration::from_secs(24 * 3600);
         let own = context.duration().or_else(|| context.ops().is_none().then_some(DEFAULT_DURATION));
         own.map_or(by_count, |own| own + DRAIN_DEADLINE)
     }
 
-    /// Runs the workers, tells how far they are, and returns them.
-    fn work(
-        &self,
-        context: &Context,
-        plan: &Plan,
-        opened: &Opened,
-    ) -> Result<(Vec<Worker>, Result<(), Failure>), Failure> {
-        let (limits, until) = self.limits(context);
-        let shared = Arc::new(Shared::new(context, opened, limits, !self.no_passes, self.prefill || !opened.zeroed));
-        let pattern = Arc::new(Pattern::new(context.seed(), opened.device_id));
-        let start = Instant::now();
-        let results: Vec<_> = std::thread::scope(|scope| {
-            let handles: Vec<_> = (0..plan.options().workers)
-                .map(|index| {
-                    let worker = Worker::new(index, plan, opened, Arc::clone(&pattern), Arc::clone(&shared));
-                    std::thread::Builder::new()
-                        .name(format!("torture-{index}"))
-                        .spawn_scoped(scope, move || worker.run())
-                        .map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))
-                })
-                .collect();
-            if handles.iter().any(Result::is_err) {
-                shared.stop();
-            }
-            let mut last = Tally::default();
-            while handles.iter().flatten().any(|handle| !handle.is_finished()) {
-                std::thread::sleep(Duration::from_millis(20).min(PROGRESS_EVERY));
-                if context.interruption().came() {
-                    shared.stop();
-                }
-                if shared.since_progress() >= PROGRESS_EVERY {
-                    last = Self::tell(context, &shared, &last, start, until);
-                }
-            }
-            handles
-                .into_iter()
-                .map(|handle| {
-                    handle.and_then(|handle| {
-                        handle.join().map_err(|_panic| Failure::Internal("a worker panicked".to_owned()))
-                    })
-                })
-                .collect()
-        });
-        let total = shared.total();
-        total.add_to(context.evidence());
-        context.evidence().add("work_ms", start.elapsed().as_millis() as u64);
-        let mut workers = Vec::with_capacity(results.len());
-        let mut outcome = Ok(());
-        for result in results {
-            let (worker, own) = result?;
-            workers.push(worker);
-            outcome = outcome.and(own);
-        }
-        Ok((workers, outcome))
+    fn fault_choice(&self) -> &Choice {
+        // What is planted, or somebody else's, is tried alone unless faults are asked for.
+        let own = if self.device.is_some() || self.target.mutant.is_some() { &Choice::None } else { &Choice::Draw };
+        self.faults.as_ref().unwrap_or(own)
     }
 
-    fn tell(context: &Context, shared: &Shared, last: &Tally, start: Instant, until: Option<Instant>) -> Tally {
-        let since = shared.mark_progress().as_secs_f64().max(1e-3);
-        let total = shared.total();
-        let elapsed = start.elapsed();
-        let by_time = until.map(|until| elapsed.as_secs_f64() / (until - start).as_secs_f64().max(1e-3));
-        let by_ops = context.ops().map(|ops| total.ops() as f64 / ops.max(1) as f64);
-        let fraction = match (by_time, by_ops) {
-            (Some(time), Some(ops)) => Some(time.max(ops)),
-            (one, other) => one.or(other),
-        };
-        context.sink().send(Event::Progress(Progress {
-            what: "torture".to_owned(),
-            ops: total.ops(),
-            bytes: total.bytes(),
-            verified_bytes: total.verified_bytes(),
-            elapsed_ms: elapsed.as_millis() as u64,
-            ops_per_s: (total.ops() - last.ops()) as f64 / since,
-            bytes_per_s: (total.bytes() - last.bytes()) as f64 / since,
-            fraction: fraction.map(|fraction| fraction.min(1.0)),
-        }));
-        total
+    fn fault_plan(&self, context: &Context) -> FaultPlan {
+        // Where the shared region will be, if there is one.
+        let range = SectorRange::device(self.target.size.min(self.region));
+        self.fault_choice().plan(range, &mut context.seed().derive("fault plan", 0).rng())
+    }
+
+    /// Whether operations may fail, as long as somebody can tell why.
+    fn errors_may_be(&self) -> bool {
+        *self.fault_choice() != Choice::None || self.target.mutant.is_some()
+    }
+
+    fn outages(&self) -> Vec<(Outage, Duration)> {
+        let every = [(Outage::PowerCut, self.cut_every), (Outage::Restart, self.restart_every)];
+        every.into_iter().filter_map(|(outage, every)| Some((outage, every?))).collect()
     }
 }

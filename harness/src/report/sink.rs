@@ -31,7 +31,7 @@ pub struct EventSink {
     sender: Sender<Message>,
 }
 
-/// The thread behind [`EventSink`].
+/// The thread behind [`EventSink`]. The verdict is the last event that it hands on.
 #[derive(Debug)]
 pub struct EventLoop {
     sink: EventSink,
@@ -113,9 +113,15 @@ fn run(reporters: Vec<Box<dyn Reporter>>, receiver: &Receiver<Message>) -> Vec<i
             }
         }
     };
+    let mut over = false;
     while let Ok(message) = receiver.recv() {
         match message {
-            Message::Event(event) => each(&mut |reporter| reporter.report(&event)),
+            // What falls apart while a hanging run is ended is no news.
+            Message::Event(_) if over => {}
+            Message::Event(event) => {
+                over = matches!(*event, Event::Verdict(_));
+                each(&mut |reporter| reporter.report(&event));
+            }
             Message::Flush(done) => {
                 each(&mut |reporter| reporter.flush());
                 let _impatient = done.send(());

@@ -3,28 +3,26 @@
 use std::io::{self, BufRead, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ublkit::{Backend, Closed, DataMode, Deletion, Device};
-use ublkit_harness::mutant::{self, Hits, Plot};
-use ublkit_harness::observe::Counters;
-use ublkit_harness::{Observed, Seed};
+use ublkit::{Closed, DataMode, Deletion, Device, DeviceBuilder, Geometry, Serve};
+use ublkit_harness::Seed;
 
 use super::freezer::Freezer;
 use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
+use super::stack::{Stack, Storage};
 use crate::inventory::Inventory;
 use crate::scenario::Failure;
-use crate::target::{Mode, TargetArgs};
+use crate::target::{Made, Mode, TargetArgs};
 
 /// A device that is served, and what is known of it.
 struct Serving {
     device: Device,
-    counters: Arc<Counters>,
-    hits: Option<Hits>,
+    stack: Stack,
 }
 
 /// The server.
 #[derive(Default)]
 struct Server {
-    storages: Vec<Arc<Freezer>>,
+    storages: Vec<Storage>,
     devices: Vec<Option<Serving>>,
     /// What this process had before its first device.
     before: Option<Inventory>,
@@ -46,6 +44,23 @@ pub(crate) fn main() -> u8 {
     }
     server.end();
     0
+}
+
+/// A device with what is asked for on the command line.
+fn builder<S: Serve>(builder: DeviceBuilder<S>, args: &TargetArgs, geometry: Geometry) -> DeviceBuilder<S> {
+    builder
+        .geometry(geometry)
+        .queues(args.queues)
+        .depth(args.depth)
+        .max_io_bytes(args.max_io)
+        .data_mode(match args.mode {
+            Mode::Copy => DataMode::Copy,
+            Mode::UserCopy => DataMode::UserCopy,
+        })
+        .on_event(|event| {
+            // The reader is gone only when the devices are about to be closed.
+            let _ = say(&Reply::Note(event.to_string()), &[]);
+        })
 }
 
 /// One line, and what follows it, in one piece: notes come from other threads.
@@ -85,8 +100,21 @@ impl Server {
                 frozen.thaw();
                 let copy =
                     copy.map_err(|error| Failure::Environment(format!("failed to copy the storage: {error}")))?;
-                Reply::Copied { storage: self.keep(Arc::new(copy)) }
+                Reply::Copied { storage: self.keep(Made::of(copy)) }
             }
+            Call::Kill { device, outage } => {
+                self.device(device)?.stack.kill(outage);
+                Reply::Dead
+            }
+            Call::Revive { device } => {
+                self.device(device)?.stack.revive();
+                Reply::Alive
+            }
+            Call::Faults { device, on } => {
+                self.device(device)?.stack.faults(on);
+                Reply::Switched
+            }
+            Call::Testify { device } => Reply::Testimony(self.device(device)?.stack.testimony()),
             Call::Status { device } => Reply::Status(self.device(device)?.status()),
             Call::Close { device } => Reply::Closed(self.close(device)?),
         };
@@ -94,15 +122,15 @@ impl Server {
     }
 
     fn storage(&self, index: usize) -> Result<&Arc<Freezer>, Failure> {
-        self.storages.get(index).ok_or_else(|| unknown("storage"))
+        self.storages.get(index).map(|storage| &storage.freezer).ok_or_else(|| unknown("storage"))
     }
 
     fn device(&self, index: usize) -> Result<&Serving, Failure> {
         self.devices.get(index).and_then(Option::as_ref).ok_or_else(|| unknown("device"))
     }
 
-    fn keep(&mut self, storage: Arc<dyn Backend>) -> usize {
-        self.storages.push(Arc::new(Freezer::new(storage)));
+    fn keep(&mut self, made: Made) -> usize {
+        self.storages.push(Storage { freezer: Arc::new(Freezer::new(made.backend)), medium: made.medium });
         self.storages.len() - 1
     }
 
@@ -111,39 +139,21 @@ impl Server {
             Some(storage) => storage,
             None => self.keep(args.storage()?),
         };
-        let below = Arc::clone(self.storage(storage)?);
+        let below = self.storages.get(storage).ok_or_else(|| unknown("storage"))?.clone();
         if self.devices.iter().all(Option::is_none) {
             self.before = Some(Inventory::take());
         }
-        let (backend, counters, hits): (Arc<dyn Backend>, _, _) = match args.mutant {
-            None => {
-                let (observed, counters) = Observed::new(below);
-                (Arc::new(observed), counters, None)
+        let stack = Stack::new(below, args, seed)?;
+        let geometry = stack.declared(args.geometry());
+        let device = match stack.handlers() {
+            None => builder(Device::builder(stack.backend()).workers(args.workers_backend), args, geometry).start(),
+            Some(open) => {
+                let handlers = Device::builder_with_handlers(geometry, move |queue| Ok(open(queue.queue)));
+                builder(handlers, args, geometry).start()
             }
-            Some(planted) => {
-                let mut plot = Plot::new(seed);
-                plot.logical_block = args.logical_block;
-                let (observed, counters) = Observed::new(mutant::plant_backend(planted, below, &plot));
-                (Arc::new(observed), counters, Some(plot.hits))
-            }
-        };
-        let device = Device::builder(backend)
-            .geometry(args.geometry())
-            .queues(args.queues)
-            .depth(args.depth)
-            .max_io_bytes(args.max_io)
-            .workers(args.workers_backend)
-            .data_mode(match args.mode {
-                Mode::Copy => DataMode::Copy,
-                Mode::UserCopy => DataMode::UserCopy,
-            })
-            .on_event(|event| {
-                // The reader is gone only when the devices are about to be closed.
-                let _ = say(&Reply::Note(event.to_string()), &[]);
-            })
-            .start()?;
+        }?;
         let info = *device.info();
-        self.devices.push(Some(Serving { device, counters, hits }));
+        self.devices.push(Some(Serving { device, stack }));
         Ok(Served {
             device: self.devices.len() - 1,
             storage,
@@ -157,6 +167,7 @@ impl Server {
     fn close(&mut self, index: usize) -> Result<Closing, Failure> {
         let serving = self.device(index)?;
         let error = serving.status().error;
+        serving.stack.stopping();
         let closed = serving.device.close()?;
         let last = Status { error, ..serving.status() };
         self.devices[index] = None;
@@ -175,7 +186,7 @@ impl Server {
     /// Closes what is left, as nobody waits for it any more.
     fn end(self) {
         for storage in &self.storages {
-            storage.thaw();
+            storage.freezer.thaw();
         }
         for serving in self.devices.into_iter().flatten() {
             if let Err(error) = serving.device.close() {
@@ -190,9 +201,9 @@ impl Server {
 impl Serving {
     fn status(&self) -> Status {
         Status {
-            counts: self.counters.counts(),
+            counts: self.stack.counts(),
             requests: self.device.stats().iter().map(|queue| queue.requests).sum(),
-            hits: self.hits.as_ref().map(Hits::count),
+            hits: self.stack.hits(),
             error: self.device.first_error().map(|error| error.to_string()),
         }
     }

@@ -13,9 +13,11 @@ use ublkit_harness::{Event, EventSink};
 
 use super::ARGUMENT;
 use super::protocol::{Call, Closing, Reply, Served, Status};
+use super::witness::Testimony;
 use crate::context::Context;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
+use crate::torture::outage::Outage;
 
 /// How long a server may take to end once its pipe is closed; it has its own bounds for closing devices.
 const END_DEADLINE: Duration = Duration::from_secs(60);
@@ -136,6 +138,38 @@ impl Server {
         let then = then();
         match self.call(&Call::CopyAndThaw { storage })? {
             Reply::Copied { storage } => Ok((then, storage)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Lets every request fail, and drops whatever is between kernel and storage.
+    pub(crate) fn kill(&self, served: &Served, outage: Outage) -> Result<(), Failure> {
+        match self.call(&Call::Kill { device: served.device, outage })? {
+            Reply::Dead => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Serves a device again.
+    pub(crate) fn revive(&self, served: &Served) -> Result<(), Failure> {
+        match self.call(&Call::Revive { device: served.device })? {
+            Reply::Alive => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Switches the faults of a device on or off.
+    pub(crate) fn faults(&self, served: &Served, on: bool) -> Result<(), Failure> {
+        match self.call(&Call::Faults { device: served.device, on })? {
+            Reply::Switched => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What happened at a device's storage since the last time.
+    pub(crate) fn testimony(&self, served: &Served) -> Result<Testimony, Failure> {
+        match self.call(&Call::Testify { device: served.device })? {
+            Reply::Testimony(testimony) => Ok(testimony),
             other => Err(unexpected(&other)),
         }
     }

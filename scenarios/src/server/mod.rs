@@ -5,14 +5,20 @@
 //! for the process to end. Two processes end each other: when the loading one dies, its pipe closes, and the server
 //! closes its devices and ends; when the server dies, the kernel fails what it had in hand.
 
+mod bridge;
 mod child;
 mod client;
 mod freezer;
 mod protocol;
+mod socket;
+mod stack;
+mod timed;
+mod witness;
 
 pub(crate) use child::main;
 pub(crate) use client::{Server, kill_all};
 pub(crate) use protocol::{Served, Status};
+pub(crate) use witness::Testimony;
 
 /// The argument with which this program becomes a server.
 pub(crate) const ARGUMENT: &str = "serve-for-parent";

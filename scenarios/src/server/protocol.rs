@@ -4,8 +4,10 @@ use serde::{Deserialize, Serialize};
 use ublkit_harness::Seed;
 use ublkit_harness::observe::Counts;
 
+use super::witness::Testimony;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
+use crate::torture::outage::Outage;
 
 /// What the loading process asks for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -18,6 +20,15 @@ pub(super) enum Call {
     Freeze { storage: usize },
     /// Copy a frozen storage into new memory, and let requests through again.
     CopyAndThaw { storage: usize },
+    /// Let every request to a device fail, and drop whatever is between the kernel and the storage; what a power cut loses
+    /// is lost.
+    Kill { device: usize, outage: Outage },
+    /// Serve a device again.
+    Revive { device: usize },
+    /// Switch the faults of a device on or off.
+    Faults { device: usize, on: bool },
+    /// What happened at a device's storage since the last time.
+    Testify { device: usize },
     /// How a device is doing.
     Status { device: usize },
     /// Close a device.
@@ -33,6 +44,10 @@ pub(super) enum Reply {
     /// So many bytes follow the line.
     Bytes(usize),
     Frozen,
+    Dead,
+    Alive,
+    Switched,
+    Testimony(Testimony),
     Copied {
         storage: usize,
     },

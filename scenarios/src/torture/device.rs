@@ -6,6 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
+use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use ublkit::blkdev;
 use ublkit_harness::DiscardPromise;
@@ -24,6 +25,7 @@ pub(super) enum Subject {
 }
 
 /// An opening of the subject, past the page cache, and what was learnt of it.
+#[expect(clippy::struct_excessive_bools, reason = "each is a property of its own")]
 pub(super) struct Opened {
     pub(super) file: File,
     pub(super) bytes: u64,
@@ -33,6 +35,8 @@ pub(super) struct Opened {
     pub(super) discard: DiscardPromise,
     /// Whether a range can be zeroed and its space given back in one operation.
     pub(super) unmap_zeroes: bool,
+    /// A read may find a block torn while a write to it is under way.
+    pub(super) torn_by_races: bool,
     /// Every sector reads as zeroes before the first write.
     pub(super) zeroed: bool,
     pub(super) ours: bool,
@@ -70,6 +74,15 @@ impl Subject {
         }
     }
 
+    /// Keeps those away who look at every new disk, udev above all, for as long as what it returns lives: an error that is
+    /// injected into a read of theirs is one that no worker sees. They hold a lock while they look, and do not look while
+    /// somebody else holds it.
+    pub(super) fn keep_to_ourselves(&self) -> Result<Option<Flock<File>>, Failure> {
+        let Self::Ours(target) = self else { return Ok(None) };
+        let lock = Flock::lock(target.open_direct()?, FlockArg::LockExclusive);
+        lock.map(Some).map_err(|(_, errno)| Failure::Environment(format!("failed to lock the device: {errno}")))
+    }
+
     pub(super) fn close(self, context: &mut Context) -> Result<(), Failure> {
         match self {
             Self::Ours(target) => target.close(context),
@@ -94,9 +107,9 @@ fn open_ours(target: &Target) -> Result<Opened, Failure> {
             discard: geometry.discard.is_some(),
             write_zeroes: geometry.write_zeroes.is_some(),
         },
-        // Both of our backends say so of theirs.
-        discard: DiscardPromise::Zeroes,
+        discard: target.discard_promise(),
         unmap_zeroes: geometry.write_zeroes.is_some(),
+        torn_by_races: target.torn_by_races(),
         zeroed: true,
         ours: true,
         device_id: target.id(),
@@ -126,6 +139,8 @@ fn open_somebody_elses(path: &Path) -> Result<Opened, Failure> {
         },
         discard: DiscardPromise::Nothing,
         unmap_zeroes: queue.number("write_zeroes_max_bytes").unwrap_or(0) > 0,
+        // Nobody promises more than that requests which overlap end in some order.
+        torn_by_races: true,
         zeroed: false,
         ours: false,
         device_id: u32::MAX,

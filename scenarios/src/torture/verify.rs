@@ -1,8 +1,8 @@
 //! Passes over everything, outside the workers.
 
-use ublkit_harness::{Mismatch, SectorRange};
+use ublkit_harness::{Mismatch, Outcome, SectorRange};
 
-use super::worker::Worker;
+use super::book::Book;
 use crate::aligned::AlignedBuf;
 use crate::scenario::Failure;
 
@@ -10,24 +10,27 @@ const CHUNK_BYTES: u64 = 1 << 20;
 /// How many wrong places a survey names.
 const SURVEY_MOST: usize = 8;
 
-fn chunks(worker: &mut Worker) -> Vec<SectorRange> {
-    worker.shadow().options().region.chunks(CHUNK_BYTES / ublkit_harness::SECTOR as u64).collect()
+fn chunks(book: &Book) -> Vec<SectorRange> {
+    book.region().chunks(CHUNK_BYTES / ublkit_harness::SECTOR as u64).collect()
 }
 
 /// Looks at every region for chunks that hold what they should not. What cannot be read is passed over.
-pub(super) fn survey(
-    workers: &mut [Worker],
+pub(super) fn survey<'a>(
+    books: impl IntoIterator<Item = &'a Book>,
     mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
 ) -> Vec<Mismatch> {
     let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
     let mut found = Vec::new();
-    for worker in workers {
-        for chunk in chunks(worker) {
+    for book in books {
+        for chunk in chunks(book) {
             let buf = &mut buf[..chunk.len_bytes() as usize];
-            if found.len() < SURVEY_MOST
-                && read(buf, chunk.offset_bytes()).is_ok()
-                && let Err(mismatch) = worker.shadow().verify(chunk, buf)
-            {
+            if found.len() >= SURVEY_MOST {
+                return found;
+            }
+            let entry = book.begin_pass(0, chunk);
+            if read(buf, chunk.offset_bytes()).is_err() {
+                book.end(entry, Outcome::Failed);
+            } else if let Err(mismatch) = book.end_read(entry, buf) {
                 found.push(*mismatch);
             }
         }
@@ -35,18 +38,19 @@ pub(super) fn survey(
     found
 }
 
-/// Compares each worker's region, as `read` has it, with the worker's shadow. Returns how many bytes were compared.
-pub(super) fn all(
-    workers: &mut [Worker],
+/// Compares each region, as `read` has it, with its book. Returns how many bytes were compared.
+pub(super) fn all<'a>(
+    books: impl IntoIterator<Item = &'a Book>,
     mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
 ) -> Result<u64, Failure> {
     let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
     let mut bytes = 0;
-    for worker in workers {
-        for chunk in chunks(worker) {
+    for book in books {
+        for chunk in chunks(book) {
             let buf = &mut buf[..chunk.len_bytes() as usize];
+            let entry = book.begin_pass(0, chunk);
             read(buf, chunk.offset_bytes())?;
-            bytes += worker.shadow().verify(chunk, buf)?.bytes;
+            bytes += book.end_read(entry, buf)?.bytes;
         }
     }
     Ok(bytes)

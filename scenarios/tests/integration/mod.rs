@@ -17,6 +17,7 @@ mod scenarios;
 pub(crate) mod server;
 mod sizes;
 mod start;
+mod torture;
 
 pub(crate) fn all() -> Vec<runner::Case> {
     [
@@ -33,6 +34,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         control::cases(),
         orphans::cases(),
         scenarios::cases(),
+        torture::cases(),
     ]
     .into_iter()
     .flatten()

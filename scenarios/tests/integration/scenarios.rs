@@ -24,7 +24,8 @@ cases!("scenarios":
 fn run(arguments: &str) -> Output {
     let reports = tempfile::tempdir().expect("a directory");
     Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
-        .args(arguments.split(' '))
+        // What has spaces in it has them unbreakable.
+        .args(arguments.split(' ').map(|argument| argument.replace('\u{a0}', " ")))
         .args(["--json", "--report"])
         .arg(reports.path())
         .output()
@@ -32,7 +33,7 @@ fn run(arguments: &str) -> Output {
 }
 
 /// The last line of its output: the verdict.
-fn verdict(arguments: &str, code: i32) -> serde_json::Value {
+pub(crate) fn verdict(arguments: &str, code: i32) -> serde_json::Value {
     let output = run(arguments);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "ublk-torture {arguments}:\n{out}\n{err}");

@@ -1,0 +1,89 @@
+//! What the workers of a run share.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use ublkit_harness::Watchdog;
+
+use super::accounts::Accounts;
+use super::outage::Outages;
+use super::tally::Tally;
+
+/// What the workers are told before they begin.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Orders {
+    /// End after so many operations.
+    pub(super) ops: Option<u64>,
+    /// End at this time.
+    pub(super) until: Option<Instant>,
+    /// Read the whole region from time to time.
+    pub(super) passes: bool,
+    /// Write every sector before anything else.
+    pub(super) prefill: bool,
+    /// What the device takes in one request, at most.
+    pub(super) max_io_bytes: u64,
+    /// How long an operation may take before that is a hang.
+    pub(super) stall: Duration,
+}
+
+/// What the workers of a run share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) orders: Orders,
+    pub(super) outages: Outages,
+    /// Where there is a storage to compare with.
+    pub(super) accounts: Option<Accounts>,
+    pub(super) watchdog: Arc<Watchdog>,
+    stop: AtomicBool,
+    tallies: Vec<Arc<Tally>>,
+    told: Mutex<Instant>,
+}
+
+impl Shared {
+    pub(super) fn new(orders: Orders, workers: u32, accounts: Option<Accounts>, watchdog: Arc<Watchdog>) -> Self {
+        Self {
+            orders,
+            outages: Outages::new(workers),
+            accounts,
+            watchdog,
+            stop: AtomicBool::new(false),
+            tallies: (0..workers).map(|_| Arc::default()).collect(),
+            told: Mutex::new(Instant::now()),
+        }
+    }
+
+    /// What a worker has done.
+    pub(super) fn tally(&self, worker: u32) -> Arc<Tally> {
+        Arc::clone(&self.tallies[worker as usize])
+    }
+
+    /// Tells the workers to end.
+    pub(super) fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+
+    /// What all of them have done.
+    pub(super) fn total(&self) -> Tally {
+        let total = Tally::default();
+        for tally in &self.tallies {
+            total.merge(tally);
+        }
+        total
+    }
+
+    /// Time since progress was told.
+    pub(super) fn since_progress(&self) -> Duration {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
+    }
+
+    /// Winds that clock up, and returns what it said.
+    pub(super) fn mark_progress(&self) -> Duration {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *told, Instant::now()).elapsed()
+    }
+}

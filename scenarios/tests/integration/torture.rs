@@ -1,0 +1,91 @@
+//! Torture with workers that overlap, faults, power cuts and servers that die: a right server passes, and each of them finds
+//! what only it can find.
+
+use serde_json::Value;
+
+use super::runner::cases;
+use super::scenarios::verdict;
+
+cases!("torture":
+    overlapping_workers_pass_inline in 60 s,
+    overlapping_workers_pass_on_two_queues_with_workers in 60 s,
+    overlapping_workers_pass_copied_by_the_server in 60 s,
+    overlapping_workers_find_a_stale_cache in 60 s,
+    power_cuts_pass_on_a_right_server in 60 s,
+    power_cuts_find_a_block_that_is_torn in 60 s,
+    a_flush_that_does_nothing_is_found in 60 s,
+    every_fault_is_accounted_for in 60 s,
+    a_swallowed_error_is_found in 60 s,
+    another_server_takes_over in 60 s,
+    swapped_tags_are_found in 60 s,
+    a_dropped_completion_is_a_hang in 60 s,
+);
+
+/// Small, so that places are met again and again.
+const SMALL: &str = "--size 16M --region 1M --max-io 64k --io-depth 8";
+
+fn count(verdict: &Value, name: &str) -> u64 {
+    verdict["evidence"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {verdict}"))
+}
+
+fn passes(arguments: &str) -> Value {
+    verdict(&format!("torture {SMALL} {arguments}"), 0)
+}
+
+fn finds(arguments: &str) {
+    let verdict = verdict(&format!("torture {SMALL} {arguments}"), 2);
+    assert!(count(&verdict, "mutant_hits") > 0, "{verdict}");
+}
+
+fn overlapping_workers_pass_inline() {
+    let verdict = passes("--seed 1 --duration 3s --sharing overlapping");
+    assert!(count(&verdict, "overlaps") > 10, "{verdict}");
+}
+
+fn overlapping_workers_pass_on_two_queues_with_workers() {
+    passes("--seed 2 --duration 3s --queues 2 --workers-backend 4 --sharing both");
+}
+
+fn overlapping_workers_pass_copied_by_the_server() {
+    passes("--seed 3 --duration 3s --mode user-copy --backend file --sharing overlapping");
+}
+
+fn overlapping_workers_find_a_stale_cache() {
+    finds("--seed 4 --duration 20s --sharing overlapping --mutant stale-cache");
+}
+
+fn power_cuts_pass_on_a_right_server() {
+    let verdict = passes("--seed 5 --duration 5s --backend medium --cut-every 1s --queues 2 --workers-backend 2");
+    assert!(count(&verdict, "power_cuts") > 0, "{verdict}");
+}
+
+fn power_cuts_find_a_block_that_is_torn() {
+    finds("--seed 6 --duration 30s --backend medium --cut-every 1s --logical-block 4k --mutant torn-below-atomic");
+}
+
+fn a_flush_that_does_nothing_is_found() {
+    finds("--seed 7 --duration 30s --backend medium --cut-every 1s --mutant flush-noop");
+}
+
+fn every_fault_is_accounted_for() {
+    let plan = "--faults any_rate_1/40:_error_EIO_partway;any_rate_1/100:_delay_2".replace('_', "\u{a0}");
+    let verdict = passes(&format!("--seed 8 --duration 4s --queues 2 --workers-backend 4 {plan}"));
+    assert!(count(&verdict, "errors_injected") > 0 && count(&verdict, "errors_seen") > 0, "{verdict}");
+}
+
+fn a_swallowed_error_is_found() {
+    finds("--seed 9 --duration 20s --faults draw --mutant error-swallowed:20");
+}
+
+fn another_server_takes_over() {
+    let verdict = passes("--seed 10 --duration 5s --restart-every 1s");
+    assert!(count(&verdict, "restarts") > 0, "{verdict}");
+}
+
+fn swapped_tags_are_found() {
+    finds("--seed 11 --duration 20s --mutant tag-swap");
+}
+
+fn a_dropped_completion_is_a_hang() {
+    verdict(&format!("torture {SMALL} --seed 12 --duration 30s --stall 5s --mutant cqe-dropped"), 3);
+}

@@ -7,6 +7,7 @@
 //! the bytes of its storage.
 
 mod device;
+pub mod mutants;
 mod verify;
 mod worker;
 

@@ -1,0 +1,74 @@
+//! What `torture` has to be told so that a planted bug can occur, and is looked for by whoever can find it.
+
+use ublkit_harness::Oracle;
+use ublkit_harness::mutant::Planted;
+use ublkit_harness::script::{Act, Recovery, Setup};
+
+/// Where every mutant begins: small, so that places are met again and again.
+const SETUP: Setup = Setup {
+    bytes: 16 << 20,
+    logical_block: 512,
+    max_io_bytes: 64 << 10,
+    queues: 1,
+    queue_depth: 64,
+    workers: 4,
+    io_depth: 8,
+    volatile_cache: true,
+    fua: true,
+    discard: true,
+    discard_zeroes: true,
+    write_zeroes: true,
+    read_only: false,
+    recovery: Recovery::None,
+    merges: true,
+    reorder: 0,
+    memory_pressure: false,
+};
+
+/// The arguments of `torture` for a mutant, without a seed and without a limit.
+#[must_use]
+pub fn arguments(planted: Planted) -> Vec<String> {
+    let mut setup = SETUP;
+    planted.mutant.needs(&mut setup);
+    let oracles = planted.mutant.spec().oracles;
+    let capabilities: Vec<_> = [
+        ("flush", setup.volatile_cache),
+        ("fua", setup.fua),
+        ("discard", setup.discard),
+        ("zeroes", setup.write_zeroes),
+    ]
+    .into_iter()
+    .filter_map(|(name, has)| has.then_some(name))
+    .collect();
+    let capabilities = if capabilities.is_empty() { "none".to_owned() } else { capabilities.join(",") };
+    let mut options = vec![
+        ("--mutant", planted.to_string()),
+        ("--size", setup.bytes.to_string()),
+        ("--region", (1 << 20).to_string()),
+        ("--logical-block", setup.logical_block.to_string()),
+        ("--max-io", setup.max_io_bytes.to_string()),
+        ("--queues", setup.queues.to_string()),
+        ("--depth", setup.queue_depth.to_string()),
+        ("--workers", setup.workers.to_string()),
+        ("--io-depth", setup.io_depth.to_string()),
+        ("--capabilities", capabilities),
+    ];
+    let shows_at = planted.mutant.shows_at();
+    if oracles.contains(&Oracle::Durable) || shows_at == Some(Act::PowerCut) || planted.mutant.is_control() {
+        options.extend([("--backend", "medium".to_owned()), ("--cut-every", "1s".to_owned())]);
+    }
+    if setup.recovery != Recovery::None || shows_at == Some(Act::Kill) {
+        options.push(("--restart-every", "1s".to_owned()));
+    }
+    if oracles.contains(&Oracle::Errors) {
+        options.push(("--faults", "draw".to_owned()));
+    }
+    if oracles.contains(&Oracle::Watchdog) {
+        options.push(("--stall", "8s".to_owned()));
+    }
+    let mut arguments: Vec<_> = options.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect();
+    if !setup.discard_zeroes {
+        arguments.push("--discard-promises-nothing".to_owned());
+    }
+    arguments
+}

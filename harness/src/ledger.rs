@@ -33,7 +33,7 @@ use crate::oracle::{Oracle, Oracles};
 use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
-use crate::sector::{Generation, Pattern, SECTOR, TABLE_SECTORS, WORDS, is_zero, next_generation};
+use crate::sector::{Generation, Pattern, SECTOR, TABLE_SECTORS, WORDS, is_newer, is_zero, next_generation};
 use crate::shadow::{DiscardPromise, Verified};
 use crate::sparse::Sparse;
 use crate::stamp::Stamp;
@@ -96,6 +96,8 @@ pub struct Ledger {
     now: Stamp,
     /// Blocks that nobody has looked at since a power cut.
     after_cut: HashSet<u64>,
+    /// Which blocks were changed or read since the last power cut, where nobody is to judge what that left.
+    seen_since_cut: Option<Sparse<bool>>,
     recent: Recent,
 }
 
@@ -140,6 +142,7 @@ impl Ledger {
             order: VecDeque::new(),
             now: 0,
             after_cut: HashSet::new(),
+            seen_since_cut: None,
             recent: Recent::for_blocks(blocks),
             options,
         }
@@ -164,6 +167,9 @@ impl Ledger {
             self.flights.len() - 1
         });
         let blocks = self.blocks(range);
+        if kind.changes() && self.seen_since_cut.is_some() {
+            self.take_as_unknown(blocks.clone());
+        }
         let mut generations = std::mem::take(&mut self.flights[slot].generations);
         generations.clear();
         match kind {
@@ -240,6 +246,9 @@ impl Ledger {
         let block_bytes = self.options.block_sectors as usize * SECTOR;
         let first_block = self.blocks(range).start;
         for (block, bytes) in (first_block..).zip(data.chunks_exact(block_bytes)) {
+            if self.seen_since_cut.is_some() {
+                self.take_as_it_is(block, bytes);
+            }
             let right = match self.linear.settled(block) {
                 Some(Content::Unknown) => {
                     looked.unknown += 1;
@@ -268,6 +277,25 @@ impl Ledger {
         })
     }
 
+    /// A server died, and what it had in hand is given to the next one: whatever is in flight may take effect twice.
+    pub fn reissued(&mut self) {
+        self.now += 1;
+        let Self { flights, linear, now, .. } = self;
+        for flight in flights.iter() {
+            let Some(kind) = flight.kind.filter(|kind| kind.changes()) else { continue };
+            let first = flight.range.first - self.options.region.first;
+            let block = u64::from(self.options.block_sectors);
+            let blocks = first / block..(first + flight.range.sectors) / block;
+            let start = blocks.start;
+            let content = |block: u64| match kind {
+                OpKind::Write | OpKind::WriteFua => Content::Written(flight.generations[(block - start) as usize]),
+                OpKind::Discard if self.options.discard == DiscardPromise::Nothing => Content::Unknown,
+                _ => Content::Zero,
+            };
+            linear.repeat(blocks, content, flight.began, *now);
+        }
+    }
+
     /// The power was cut, and is back. Nothing is in flight: what was has ended, with [`Outcome::Unknown`] where nobody
     /// knows how.
     ///
@@ -276,8 +304,13 @@ impl Ledger {
     pub fn power_cut(&mut self) {
         assert_eq!(self.in_flight(), 0, "a power cut ends everything");
         self.now += 1;
-        let Self { linear, durable, after_cut, now, recent, .. } = self;
-        recent.cut();
+        self.recent.cut();
+        if !self.options.oracles.has(Oracle::Durable) {
+            self.seen_since_cut =
+                Some(Sparse::new(self.options.region.sectors / u64::from(self.options.block_sectors)));
+            return;
+        }
+        let Self { linear, durable, after_cut, now, .. } = self;
         durable.power_cut(*now, |block, survivors| {
             linear.reset(block, survivors, *now);
             after_cut.insert(block);
@@ -410,6 +443,39 @@ impl Ledger {
         let origin = self.options.pattern.decode_word(word, position, self.options.device_sectors);
         let seen = origin.filter(|origin| origin.lba == lba).map(|origin| Content::Written(origin.generation));
         seen.filter(|&seen| self.holds(block, bytes, seen)).unwrap_or(Content::Unknown)
+    }
+
+    /// Nobody is to judge what a power cut left: of blocks that were not seen since the last one nothing is known.
+    #[cold]
+    fn take_as_unknown(&mut self, blocks: Range<u64>) {
+        let Self { linear, seen_since_cut: Some(seen), now, .. } = self else { return };
+        let mut next = blocks.start;
+        seen.update(blocks, |seen| {
+            if !std::mem::replace(seen, true) {
+                linear.reset(next, &[Content::Unknown], *now);
+            }
+            next += 1;
+        });
+    }
+
+    /// Nobody is to judge what a power cut left: what a read sees first is what is there, if it was ever to be.
+    #[cold]
+    fn take_as_it_is(&mut self, block: u64, bytes: &[u8]) {
+        if self.seen_since_cut.as_ref().is_none_or(|seen| seen.get(block)) {
+            return;
+        }
+        let unpromised = self.linear.candidates(block, self.now).contains(&Content::Unknown);
+        let content = match self.decode(block, bytes) {
+            _ if unpromised => Content::Unknown,
+            Content::Written(generation) if is_newer(generation, self.newest.get(block)) => return,
+            // Torn is for whoever judges power cuts to say; what else is no content of the block's is not.
+            Content::Unknown if self.mismatch(block, bytes, self.now).oracle != Oracle::Durable => return,
+            content => content,
+        };
+        self.linear.reset(block, &[content], self.now);
+        if let Some(seen) = &mut self.seen_since_cut {
+            seen.update(block..block + 1, |seen| *seen = true);
+        }
     }
 
     /// Sees which of several contents a block has, or what is wrong with it.

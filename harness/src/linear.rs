@@ -191,6 +191,19 @@ impl Linear {
         }
     }
 
+    /// What began at `began` and is in flight may take effect a second time, from `now` on: its server died, and it is given
+    /// to the next one again. What was written over it meanwhile may be gone then, and come back no more.
+    ///
+    /// # Panics
+    /// When nothing that began then is in flight.
+    pub fn repeat(&mut self, blocks: Range<u64>, content_of: impl Fn(u64) -> Content, began: Stamp, now: Stamp) {
+        self.latest = now + 1;
+        for number in blocks {
+            let slot = self.table.get(number).slot().expect("a change that happens again is in flight");
+            self.blocks[slot].repeat(content_of(number), began + 1, now + 1);
+        }
+    }
+
     /// The only content that any read of `block` may return now, if there is but one and nothing in flight touches the
     /// block.
     ///

@@ -170,11 +170,17 @@ impl Subject for Planting {
         let medium = medium.expect("whoever uses a medium is given one");
         self.plot = self.plot.again(why, Some(medium.clone()));
         let disk = MediumDisk::new(medium.clone(), self.described);
-        let disk = ObservedCalls::new(disk, self.calls.clone());
-        let mut backend: Arc<dyn Backend> = Arc::new(self.faults.backend(Arc::new(disk) as Arc<dyn Backend>));
-        if let Some(planted) = self.planted {
-            backend = mutant::plant_backend(planted, backend, &self.plot);
-        }
+        let mut backend: Arc<dyn Backend> = Arc::new(ObservedCalls::new(disk, self.calls.clone()));
+        let plant = |backend| match self.planted {
+            Some(planted) => mutant::plant_backend(planted, backend, &self.plot),
+            None => backend,
+        };
+        // A bug is above the faults, so that it can hide them. What is odd but right is a kind of storage: of its own calls
+        // to the disk nobody knows, and a fault in one would be nobody's.
+        let odd = self.planted.is_some_and(|planted| planted.mutant.is_control());
+        backend = if odd { plant(backend) } else { backend };
+        backend = Arc::new(self.faults.backend(backend));
+        backend = if odd { backend } else { plant(backend) };
         let server: Box<dyn Server> = Box::new(PlainServer::new(backend, self.reorder));
         match self.planted {
             Some(planted) => mutant::plant_server(planted, server, &self.plot),

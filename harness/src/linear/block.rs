@@ -37,9 +37,12 @@ enum Matter {
 /// One change of the block.
 #[derive(Clone, Copy, Debug)]
 struct Value {
+    /// When its change began; of one that happens again, when it did so for the first time.
     began: Stamp,
     matter: Matter,
     in_flight: bool,
+    /// It is another's change that may happen again.
+    again: bool,
 }
 
 /// What one world says of a value: the zone of its cluster, which is its write and the reads that saw it.
@@ -104,6 +107,13 @@ pub(super) struct Block {
     values: Vec<Value>,
     /// As many as values for each world.
     zones: Vec<Zone>,
+}
+
+impl Value {
+    /// Whether what it explains may have another explanation, or it explains more than one content.
+    const fn is_wild(&self) -> bool {
+        self.again || matches!(self.matter, Matter::Any | Matter::Blur)
+    }
 }
 
 impl Matter {
@@ -250,7 +260,7 @@ impl Block {
         self.zones.clear();
         for content in contents {
             self.note(*content);
-            self.values.push(Value { began: 0, matter: Matter::new(*content), in_flight: false });
+            self.values.push(Value { began: 0, matter: Matter::new(*content), in_flight: false, again: false });
             self.zones.push(Zone::QUIET);
         }
     }
@@ -283,6 +293,15 @@ impl Block {
         }
     }
 
+    /// What began at `began` and is in flight may happen once more from `now` on.
+    pub(super) fn repeat(&mut self, content: Content, began: Stamp, now: Stamp) {
+        self.begin(content, now);
+        if let Some(value) = self.values.last_mut() {
+            (value.began, value.again) = (began, true);
+        }
+        self.count_wild();
+    }
+
     #[inline]
     fn worlds(&self) -> usize {
         if self.zones.len() == self.values.len() { 1 } else { self.zones.len() / self.values.len() }
@@ -292,7 +311,7 @@ impl Block {
     pub(super) fn begin(&mut self, content: Content, now: Stamp) {
         let (worlds, values) = (self.worlds(), self.values.len());
         self.note(content);
-        self.values.push(Value { began: now, matter: Matter::new(content), in_flight: true });
+        self.values.push(Value { began: now, matter: Matter::new(content), in_flight: true, again: false });
         let zone = Zone { ended: OPEN, began: now, until: OPEN, real: false };
         if worlds == 1 {
             self.zones.push(zone);
@@ -310,8 +329,19 @@ impl Block {
     #[inline]
     pub(super) fn end(&mut self, content: Content, began: Stamp, now: Stamp, outcome: Outcome, most: usize) -> u64 {
         let values = self.values.len();
-        let at = self.values.iter().position(|value| value.began == began && value.in_flight);
+        let at = self.values.iter().position(|value| value.began == began && value.in_flight && !value.again);
         let at = at.expect("a change that ends is in flight");
+        for again in 0..values {
+            if self.values[again].again && self.values[again].began == began && self.values[again].in_flight {
+                self.values[again].in_flight = false;
+                for world in self.zones.chunks_exact_mut(values) {
+                    // By then it has happened, or it never will.
+                    if world[again].ended == OPEN && outcome != Outcome::Unknown {
+                        world[again].ended = now;
+                    }
+                }
+            }
+        }
         debug_assert_eq!(self.values[at].matter, Matter::new(content), "it ends as what it began as");
         self.values[at].in_flight = false;
         for world in self.zones.chunks_exact_mut(values) {
@@ -361,8 +391,7 @@ impl Block {
     }
 
     fn count_wild(&mut self) {
-        self.wild =
-            self.values.iter().filter(|value| matches!(value.matter, Matter::Any | Matter::Blur)).count() as u32;
+        self.wild = self.values.iter().filter(|value| value.is_wild()).count() as u32;
     }
 
     /// Removes values from all worlds.
@@ -452,7 +481,7 @@ impl Block {
                 if !self.may_be(at, seen, exact) || !world[at].explains(began) {
                     continue;
                 }
-                let vague = matches!(self.values[at].matter, Matter::Any | Matter::Zero);
+                let vague = self.values[at].again || matches!(self.values[at].matter, Matter::Any | Matter::Zero);
                 let blur = self.values[at].matter == Matter::Blur;
                 if blur || loose && vague || is_moot(world, at, began) {
                     // What permits everything that the others do makes them superfluous.
@@ -500,7 +529,7 @@ impl Block {
             for at in 0..self.values.len() {
                 let (value, mut zone) = (self.values[at], self.zones[at]);
                 if zone.until < horizon {
-                    self.wild -= u32::from(matches!(value.matter, Matter::Any | Matter::Blur));
+                    self.wild -= u32::from(value.is_wild());
                     continue;
                 }
                 if zone.calm(horizon) && !value.in_flight {
@@ -510,7 +539,7 @@ impl Block {
                         Matter::Written(_) | Matter::Blur => None,
                     };
                     if twin.is_some_and(|twin| std::mem::replace(twin, true)) {
-                        self.wild -= u32::from(value.matter == Matter::Any);
+                        self.wild -= u32::from(value.is_wild());
                         continue;
                     }
                 }

@@ -651,3 +651,40 @@ fn what_cannot_be_followed_is_counted() {
     assert!(linear.loose_reads() > 5, "{}", linear.loose_reads());
     assert!(linear.memory_bytes() < 4 << 20, "{} bytes", linear.memory_bytes());
 }
+
+/// A request that a dead server had done without saying so is done again by the next one, over what was written since.
+#[test]
+fn what_is_given_to_the_next_server_again_may_happen_twice() {
+    let [old, new] = [1, 2].map(Content::Written);
+    for (repeated, read_between) in [(false, true), (true, true), (true, false)] {
+        let mut linear = Linear::new(1, Content::Zero);
+        linear.begin_change(0..1, |_| old, 1);
+        assert_eq!(linear.read(0, old, 2, 3), Ok(()));
+        linear.begin_change(0..1, |_| new, 4);
+        linear.end_change(0..1, |_| new, 4, 5, Outcome::Done);
+        if read_between {
+            assert_eq!(linear.read(0, new, 6, 7), Ok(()));
+        }
+        if repeated {
+            linear.repeat(0..1, |_| old, 1, 8);
+        }
+        assert_eq!(linear.read(0, old, 9, 10).is_ok(), repeated);
+        if repeated {
+            assert_eq!(linear.read(0, new, 11, 12).expect_err("gone for good").kind, DisorderKind::Stale);
+        }
+        linear.end_change(0..1, |_| old, 1, 13, Outcome::Done);
+        linear.horizon(14);
+        let left = if repeated { old } else { new };
+        assert_eq!((linear.settled(0), linear.busy_blocks()), (Some(left), 0));
+    }
+    // It may happen only once, too.
+    let mut linear = Linear::new(1, Content::Zero);
+    linear.begin_change(0..1, |_| old, 1);
+    linear.begin_change(0..1, |_| new, 2);
+    linear.end_change(0..1, |_| new, 2, 3, Outcome::Done);
+    linear.repeat(0..1, |_| old, 1, 4);
+    linear.end_change(0..1, |_| old, 1, 5, Outcome::Done);
+    assert_eq!(linear.candidates(0, 6).len(), 2);
+    assert_eq!(linear.read(0, new, 6, 7), Ok(()));
+    assert_eq!(linear.read(0, old, 8, 9).expect_err("it was new").kind, DisorderKind::Stale);
+}

@@ -90,7 +90,14 @@ impl Mutant {
             Self::RecoveryStaleState => setup.recovery = Recovery::Wait,
             Self::ReissueOldOverNew => setup.recovery = Recovery::Reissue,
             Self::NoIoFlusher => setup.memory_pressure = true,
-            Self::TagSwap | Self::BufferReuse | Self::StopWithInflight | Self::ReadInPieces | Self::WriteInPieces => {
+            Self::ReadInPieces | Self::WriteInPieces => {
+                setup.queue_depth = setup.queue_depth.max(4);
+                setup.workers = setup.workers.max(2);
+                setup.io_depth = setup.io_depth.max(4);
+                // A piece of what two operations share would fail, and both of them with it.
+                setup.merges = false;
+            }
+            Self::TagSwap | Self::BufferReuse | Self::StopWithInflight => {
                 setup.queue_depth = setup.queue_depth.max(4);
                 setup.workers = setup.workers.max(2);
                 setup.io_depth = setup.io_depth.max(4);

@@ -239,6 +239,11 @@ impl Driver {
         let until = match timing {
             Timing::Delay(steps) => Until::Step(self.now.saturating_add(steps)),
             Timing::Hold(hold) => Until::Released(hold),
+            // What is left of a request fails as a whole. Of one that operations share, those would fail too that were
+            // not in the part which was asked for.
+            Timing::Short { .. } if self.requests[index as usize].segments.len() != 1 => {
+                return self.hand_over(index, trace);
+            }
             Timing::Short { blocks } => {
                 let block = u64::from(self.limits.geometry().logical_block);
                 self.requests[index as usize].limit = blocks.max(1) * block;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::errors::{ErrorLedger, ErrorOptions, Seen};
 use crate::event::{Event, Finding, Hang};
 use crate::fault::{Faults, Injection};
+use crate::flushes::Flushes;
 use crate::ledger::{Ledger, LedgerOptions, OpId, Ticket};
 use crate::mismatch::Mismatch;
 use crate::oracle::{Oracle, Oracles};
@@ -18,6 +19,7 @@ use crate::shadow::{DiscardPromise, Verified};
 use crate::sim::calls::{Call, CallLog};
 use crate::sim::driver::Bio;
 use crate::stamp::Stamp;
+use crate::vacuity::Evidence;
 
 /// After how many operations it is looked what can be judged for good.
 const HORIZON: u32 = 256;
@@ -60,11 +62,13 @@ pub(crate) struct Judges {
     faults: Option<Faults>,
     /// `None` where nobody is to judge errors.
     errors: Option<ErrorLedger>,
+    /// `None` where nobody is to judge what it finds.
+    flushes: Option<Flushes>,
     /// When operations in flight began, and how many have ended since it was last looked.
     in_flight: Vec<Stamp>,
     ended: u32,
     /// How many faults were made.
-    pub(crate) injections: u64,
+    injections: u64,
 }
 
 impl Judges {
@@ -91,16 +95,14 @@ impl Judges {
             oracles,
         });
         let errors = oracles.has(Oracle::Errors).then(|| ErrorLedger::new(ErrorOptions::default()));
-        Self {
-            oracles,
-            ledger,
-            clock: clock.unwrap_or_default(),
-            faults,
-            errors,
-            in_flight: Vec::new(),
-            ended: 0,
-            injections: 0,
+        // Without calls to look at there is nothing to hold what is acknowledged against.
+        let judged = clock.is_some() && (oracles.has(Oracle::Flush) || oracles.has(Oracle::Linear));
+        let flushes = judged.then(|| Flushes::new(setup.volatile_cache));
+        let clock = clock.unwrap_or_default();
+        if !judged {
+            clock.switch_off();
         }
+        Self { oracles, ledger, clock, faults, errors, flushes, in_flight: Vec::new(), ended: 0, injections: 0 }
     }
 
     /// An operation of the application begins; fills the payload of a write.
@@ -145,6 +147,9 @@ impl Judges {
         if let Some(at) = self.in_flight.iter().position(|other| *other == began) {
             self.in_flight.swap_remove(at);
         }
+        if let (Some(flushes), Seen::Done) = (&mut self.flushes, seen) {
+            flushes.acknowledged(ended.op, ended.kind, ended.range, began, now);
+        }
         let Some(errors) = &mut self.errors else { return };
         if ended.excused {
             errors.excuse(ended.op, None, "the driver itself");
@@ -161,14 +166,29 @@ impl Judges {
         self.ended = 0;
         let now = self.clock.tick();
         let oldest = self.in_flight.iter().copied().min().unwrap_or(now);
+        self.judge_flushes(oldest)?;
         let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.horizon(oldest));
         errors.map_err(|finding| found(Oracle::Errors, finding))
     }
 
+    /// What was acknowledged and is not right, if anyone is to judge that: all that began before `oldest` has been told.
+    fn judge_flushes(&mut self, oldest: Stamp) -> Result<(), Failure> {
+        let Some(flushes) = &mut self.flushes else { return Ok(()) };
+        while let Err(finding) = flushes.horizon(oldest) {
+            let oracle = if finding.oracle == Oracle::Linear.name() { Oracle::Linear } else { Oracle::Flush };
+            if self.oracles.has(oracle) {
+                return Err(found(oracle, finding));
+            }
+        }
+        Ok(())
+    }
+
     /// A call that reached the storage, for the oracle of flushes.
-    #[expect(clippy::unused_self, reason = "where the oracle of flushes is told")]
     fn observe_call(&mut self, call: Call) {
-        let _ = call;
+        if let Some(flushes) = &mut self.flushes {
+            let Call { kind, range, began, ended, errno } = call;
+            flushes.call(kind, range, began, ended, errno.is_none());
+        }
     }
 
     /// A fault that was made, for the oracle of errors.
@@ -189,9 +209,13 @@ impl Judges {
         }
     }
 
-    /// The server died.
-    pub(crate) fn observe_death(&mut self) {
+    /// The server died; what it had in hand may be given to the next one. Its calls are known all the same: the oracle of
+    /// flushes has nothing to forgive.
+    pub(crate) fn observe_death(&mut self, reissues: bool) {
         let now = self.clock.tick();
+        if reissues {
+            self.ledger.reissued();
+        }
         if let Some(errors) = &mut self.errors {
             errors.server_died(now);
         }
@@ -208,15 +232,30 @@ impl Judges {
     }
 
     /// The power was cut and is back. Nothing is in flight.
-    pub(crate) fn observe_power_cut(&mut self) {
+    pub(crate) fn observe_power_cut(&mut self) -> Result<(), Failure> {
         self.ledger.power_cut();
+        let now = self.clock.tick();
+        self.judge_flushes(now)
     }
 
     /// The run is over, and everything has ended.
     pub(crate) fn observe_finish(&mut self) -> Result<(), Failure> {
         self.observe_calls();
+        self.judge_flushes(Stamp::MAX)?;
         let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.judge().map(drop));
         errors.map_err(|finding| found(Oracle::Errors, finding))
+    }
+
+    /// Adds what was judged to `evidence`.
+    pub(crate) fn add_to(&self, evidence: &mut Evidence) {
+        evidence.add("injections", self.injections);
+        evidence.add("loose_reads", self.ledger.loose_reads());
+        if let Some(errors) = &self.errors {
+            errors.counts().add_to(evidence);
+        }
+        if let Some(flushes) = &self.flushes {
+            flushes.counts().add_to(evidence);
+        }
     }
 
     /// Something is not given back, or not kept, unless nobody is to judge that.

@@ -129,6 +129,8 @@ struct Run<'a> {
     judges: Judges,
     trace: Trace,
     ids: Ids,
+    /// The server was told that it is about to be stopped.
+    stopping: bool,
     rng: SeededRng,
     weights: Weights,
     /// What the oracles know of each slot's operation.
@@ -186,6 +188,7 @@ impl<'a> Run<'a> {
             judges,
             trace: Trace::new(options.record),
             ids: Ids::default(),
+            stopping: false,
             rng,
             weights,
             watched: (0..slots).map(|_| None).collect(),
@@ -221,6 +224,11 @@ impl<'a> Run<'a> {
         }
         if self.driver.holds() {
             self.driver.release(false, &mut self.trace);
+        }
+        if !self.stopping && matches!(actions.peek(), Some(Action { act: Act::Reopen, .. })) {
+            // While requests are on their way.
+            self.stopping = true;
+            self.subject.stopping();
         }
         let Weights { issue, dispatch, step, deliver } = self.weights;
         let enabled = |weight: u64, enabled: bool| if enabled { weight } else { 0 };
@@ -397,11 +405,11 @@ impl<'a> Run<'a> {
             ("requeued", driver.requeued),
             ("refused_commits", driver.refused_commits),
             ("reissued", driver.reissued),
-            ("injections", self.judges.injections),
             ("steps", self.driver.now),
         ] {
             evidence.add(name, count);
         }
+        self.judges.add_to(&mut evidence);
         let digest = self.trace.digest();
         Ran { ops: counts.ops, evidence, digest, events: self.trace.into_lines(), failure }
     }

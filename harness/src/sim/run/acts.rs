@@ -28,7 +28,6 @@ impl Run<'_> {
             Act::Kill => self.kill()?,
             Act::Reopen => {
                 self.counts.reopens += 1;
-                self.subject.stopping();
                 self.driver.stop();
                 self.close();
                 self.open(Open::Reopen)?;
@@ -71,6 +70,7 @@ impl Run<'_> {
             self.judges.resources("the device cannot start: no id is left", vec![taken])?;
             self.ids.reboot();
         }
+        self.stopping = false;
         let server = self.subject.open(self.medium.as_ref(), why);
         let geometry = self.subject.geometry();
         let now = self.driver.now;
@@ -102,7 +102,7 @@ impl Run<'_> {
         self.counts.kills += 1;
         self.counts.kills_in_flight += u64::from(in_flight);
         self.judges.observe_calls();
-        self.judges.observe_death();
+        self.judges.observe_death(self.setup.recovery == Recovery::Reissue);
         if self.setup.recovery == Recovery::None {
             self.close();
             self.open(Open::AfterKill)?;
@@ -128,7 +128,7 @@ impl Run<'_> {
         self.counts.changes_torn += cut.torn;
         let now = self.driver.now;
         self.trace.note(What::Cut, [cut.kept, cut.lost, cut.torn], || format!("{now}: the power is cut: {cut:?}"));
-        self.judges.observe_power_cut();
+        self.judges.observe_power_cut()?;
         self.ids.reboot();
         self.open(Open::AfterPowerCut)
     }

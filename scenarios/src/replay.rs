@@ -137,7 +137,7 @@ impl Args {
             context.evidence().add(name, count);
         }
         let Some((script, own, event)) = first else {
-            context.detail(format!("it does not fail with {done} seeds"));
+            context.detail(format!("it fails in none of {done} runs"));
             return if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) };
         };
         let way = match signature {
@@ -145,7 +145,7 @@ impl Args {
             Some(_) => format!("{same} times in the way it did before"),
             None => "a script alone does not say how it did before".to_owned(),
         };
-        context.note(format!("fails by {own}, seed {}; with {failed} of {done} seeds, {way}", script.seed));
+        context.note(format!("fails by {own}, seed {}; in {failed} of {done} runs, {way}", script.seed));
         if let Some(dir) = context.report_dir() {
             trace(&script, &dir.join(TRACE))?;
         }

@@ -4,10 +4,12 @@
 //! that shows a run to anyone is made from these and from nothing else.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::matrix::Row;
 use crate::mismatch::Mismatch;
 use crate::seed::Seed;
 use crate::threads::ThreadDump;
@@ -32,6 +34,10 @@ pub enum Event {
     Finding(Finding),
     /// Something did not end within its deadline.
     Hang(Hang),
+    /// What became of one planted bug or control.
+    MatrixRow(Box<Row>),
+    /// The same for one that was planted in a server of a real device.
+    DeviceRow(Box<DeviceRow>),
     /// A remark for the reader.
     Note(Note),
     /// How the run ended.
@@ -124,6 +130,54 @@ pub struct Hang {
     pub threads: Vec<ThreadDump>,
     /// What the watched parts said of themselves, such as requests in flight.
     pub notes: Vec<String>,
+}
+
+/// What became of one planted bug or control on a real device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRow {
+    /// Its name.
+    pub mutant: String,
+    /// Its number in the list of known bugs, its letter in that of oddities, or `+`.
+    pub number: String,
+    /// It is odd but right.
+    pub control: bool,
+    /// How its run ended; `None` where it cannot be planted.
+    pub verdict: Option<Verdict>,
+    /// What was wrong, or why it cannot be planted.
+    pub what: String,
+    /// How often it struck.
+    pub hits: u64,
+    /// How many operations were done.
+    pub ops: u64,
+    /// How long it took until something was wrong, or until the end, in milliseconds from the first operation.
+    pub elapsed_ms: u64,
+    /// The command that runs it again.
+    pub repro: String,
+}
+
+impl DeviceRow {
+    /// Whether something was found to be wrong.
+    #[must_use]
+    pub fn found(&self) -> bool {
+        matches!(self.verdict, Some(Verdict::Fail | Verdict::Hang))
+    }
+}
+
+/// One line: what it is, whether it was found, and when.
+impl fmt::Display for DeviceRow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mutant, number, control, verdict, what, hits, ops, elapsed_ms, .. } = self;
+        write!(f, "{number:>3} {mutant:<22} ")?;
+        let Some(verdict) = verdict else { return write!(f, "not on a device: {what}") };
+        match (self.found(), control, verdict) {
+            (true, false, _) => write!(f, "found: {what}, after {ops} operations"),
+            (true, true, _) => write!(f, "FLAGGED: {what}, after {ops} operations"),
+            (false, true, Verdict::Pass) => write!(f, "passes: {ops} operations, odd {hits} times"),
+            (false, false, Verdict::Pass) => write!(f, "SURVIVES {ops} operations, {hits} hits"),
+            (false, ..) => write!(f, "{verdict}: {what}, {ops} operations"),
+        }?;
+        write!(f, ", {elapsed_ms} ms")
+    }
 }
 
 /// A remark for the reader.

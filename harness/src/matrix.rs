@@ -123,13 +123,24 @@ impl Matrix {
     /// Runs all of it; `tell` hears of each row as it comes.
     #[must_use]
     pub fn run(options: &MatrixOptions, tell: &(dyn Fn(&Row) + Sync)) -> Self {
+        Self::run_while(options, tell, &|| true)
+    }
+
+    /// Runs it for as long as `keep_going`; what is under way then has no row.
+    #[must_use]
+    pub fn run_while(
+        options: &MatrixOptions,
+        tell: &(dyn Fn(&Row) + Sync),
+        keep_going: &(dyn Fn() -> bool + Sync),
+    ) -> Self {
+        let running = Running { options, keep_going };
         let (controls, mutants): (Vec<Mutant>, Vec<Mutant>) =
             options.mutants.iter().copied().partition(|mutant| mutant.is_control());
         let begun = Instant::now();
-        let mut rows = each(&mutants, options, tell, &kill);
+        let mut rows = each(&mutants, &running, tell, &kill);
         let mutants_ms = millis(begun.elapsed());
         let begun = Instant::now();
-        rows.extend(each(&controls, options, tell, &tolerate));
+        rows.extend(each(&controls, &running, tell, &tolerate));
         let controls_ms = millis(begun.elapsed());
         let mut oracles: BTreeMap<Oracle, Kills> = Oracle::ALL.map(|oracle| (oracle, Kills::default())).into();
         for row in &rows {
@@ -158,20 +169,29 @@ impl Matrix {
     }
 }
 
+/// What is run, and for how long.
+struct Running<'a> {
+    options: &'a MatrixOptions,
+    keep_going: &'a (dyn Fn() -> bool + Sync),
+}
+
 /// Runs `one` for each mutant, on so many threads; the rows come back in order.
 fn each(
     mutants: &[Mutant],
-    options: &MatrixOptions,
+    running: &Running<'_>,
     tell: &(dyn Fn(&Row) + Sync),
-    one: &(dyn Fn(Mutant, &MatrixOptions) -> Row + Sync),
+    one: &(dyn Fn(Mutant, &Running<'_>) -> Row + Sync),
 ) -> Vec<Row> {
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::with_capacity(mutants.len()));
     std::thread::scope(|scope| {
-        for _ in 0..options.threads.max(1) {
+        for _ in 0..running.options.threads.max(1) {
             scope.spawn(|| {
                 while let Some(&mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let row = one(mutant, options);
+                    let row = one(mutant, running);
+                    if !(running.keep_going)() {
+                        break;
+                    }
                     tell(&row);
                     rows.lock().unwrap_or_else(PoisonError::into_inner).push((mutant as usize, row));
                 }
@@ -218,11 +238,12 @@ fn run_once(row: &mut Row, planted: Planted, seed: Seed, ops: u64, oracles: Orac
 }
 
 /// Runs a mutant until it is found.
-fn until_found(mutant: Mutant, options: &MatrixOptions, oracles: Oracles) -> Row {
+fn until_found(mutant: Mutant, running: &Running<'_>, oracles: Oracles) -> Row {
+    let options = running.options;
     let mut row = empty_row(mutant);
     let seed = options.seed.derive(mutant.name(), 0);
     let begun = Instant::now();
-    while row.ops < options.ops && row.seeds < options.ops {
+    while row.ops < options.ops && row.seeds < options.ops && (running.keep_going)() {
         let ops = options.ops_per_seed.min(options.ops - row.ops);
         let seed = Seed::new(seed.derive("run", row.seeds).get() >> 11);
         if run_once(&mut row, mutant.into(), seed, ops, oracles) {
@@ -233,20 +254,25 @@ fn until_found(mutant: Mutant, options: &MatrixOptions, oracles: Oracles) -> Row
     row
 }
 
-fn kill(mutant: Mutant, options: &MatrixOptions) -> Row {
-    let mut row = until_found(mutant, options, options.oracles);
+fn kill(mutant: Mutant, running: &Running<'_>) -> Row {
+    let options = running.options;
+    let mut row = until_found(mutant, running, options.oracles);
     if let (Some(found), true) = (&row.found, options.only_killers) {
-        let others = until_found(mutant, options, options.oracles.without(found.signature.oracle));
+        let others = until_found(mutant, running, options.oracles.without(found.signature.oracle));
         row.only_killer = others.found.is_none();
     }
     row
 }
 
-fn tolerate(mutant: Mutant, options: &MatrixOptions) -> Row {
+fn tolerate(mutant: Mutant, running: &Running<'_>) -> Row {
+    let options = running.options;
     let mut row = empty_row(mutant);
     let begun = Instant::now();
     let base = options.seed.derive(mutant.name(), 0);
     for number in 0..options.control_seeds {
+        if !(running.keep_going)() {
+            break;
+        }
         let seed = Seed::new(base.derive("run", number).get() >> 11);
         if run_once(&mut row, mutant.into(), seed, options.control_ops, options.oracles) {
             break;

@@ -63,7 +63,7 @@ pub fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<Duratio
             return Verdict::Environment.exit_code();
         }
     };
-    let seed = common.seed.unwrap_or_else(Seed::from_os);
+    let seed = scenario.seed().unwrap_or_else(Seed::from_os);
     let ending = Ending {
         scenario: name,
         seed,

@@ -7,7 +7,7 @@ use std::io;
 use clap::{ArgMatches, FromArgMatches};
 use serde_json::Value;
 use ublkit_harness::event::{Event, Finding};
-use ublkit_harness::{Mismatch, Verdict};
+use ublkit_harness::{Mismatch, Seed, Verdict};
 
 use crate::cli::CommonArgs;
 use crate::context::Context;
@@ -16,6 +16,11 @@ use crate::context::Context;
 pub trait Scenario {
     /// The arguments that every scenario has.
     fn common(&self) -> &CommonArgs;
+
+    /// The seed, where it is known before the run; a new one is drawn otherwise.
+    fn seed(&self) -> Option<Seed> {
+        self.common().seed
+    }
 
     /// Every option of its own, given or by default, for the first event of the run.
     fn options(&self) -> BTreeMap<String, Value>;
@@ -78,7 +83,9 @@ pub const SCENARIOS: &[Entry] = &[
         "probe",
         "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
     ),
-    Entry::new::<crate::torture::Args>("torture", "seeded random I/O of any size and place, every byte verified"),
+    crate::simulated::TORTURE,
+    Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
+    Entry::new::<crate::replay::Args>("replay", "run what a failure left behind once more: a bundle, or a script"),
 ];
 
 /// Why a run ended early.

@@ -126,7 +126,7 @@ fn parse_capabilities(text: &str) -> Result<Capabilities, String> {
         .map(Capabilities)
 }
 
-fn parse_planted(text: &str) -> Result<Planted, String> {
+pub(crate) fn parse_planted(text: &str) -> Result<Planted, String> {
     let planted: Planted = text.parse()?;
     let spec = planted.mutant.spec();
     match spec.device {

@@ -41,6 +41,8 @@ impl Text {
                     .chain(hang.notes.iter().map(|note| format!("\n  {note}")))
                     .fold(head, |text, line| text + &line)
             }
+            Event::MatrixRow(row) => row.to_string(),
+            Event::DeviceRow(row) => row.to_string(),
             Event::Note(note) => format!("{} {}", self.paint(Colour::Yellow, "note:"), note.text),
             Event::Verdict(verdict) => self.verdict(verdict),
         })

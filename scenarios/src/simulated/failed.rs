@@ -90,9 +90,8 @@ pub(super) fn in_words(smaller: &Smaller) -> String {
 
 /// The actions of a script, in words.
 pub(crate) fn listed(script: &Script) -> String {
-    let mut text: String = script.actions.iter().take(ACTIONS_TOLD).map(|action| format!("\n  {action}")).collect();
-    if script.actions.len() > ACTIONS_TOLD {
-        text += &format!("\n  … and {} more", script.actions.len() - ACTIONS_TOLD);
-    }
-    text
+    let actions = script.actions.iter().take(ACTIONS_TOLD).map(ToString::to_string);
+    let more = script.actions.len().saturating_sub(ACTIONS_TOLD);
+    let more = (more > 0).then(|| format!("… and {more} more"));
+    actions.chain(more).fold(String::new(), |text, line| text + "\n  " + &line)
 }

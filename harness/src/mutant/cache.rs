@@ -34,7 +34,9 @@ pub(super) fn plant(
         Mutant::FlushNoop => twisted(inner, FlushNoop(turn)),
         Mutant::ColdFlush => twisted(inner, ColdFlush { turn, flushes: AtomicU64::new(0) }),
         Mutant::FlushRange => twisted(inner, FlushRange { turn, last: Mutex::default() }),
-        Mutant::FlushEarly => twisted(inner, FlushEarly { turn, due_in: AtomicU64::new(0) }),
+        Mutant::FlushEarly => twisted(inner, FlushEarly { turn, calls: EARLY, due_in: AtomicU64::new(0) }),
+        Mutant::FlushSubmitted => twisted(inner, FlushEarly { turn, calls: 1, due_in: AtomicU64::new(0) }),
+        Mutant::FtlRollback => twisted(inner, FtlRollback { turn, former: Mutex::default() }),
         Mutant::FuaIgnored => twisted(inner, FuaIgnored(turn)),
         Mutant::MetadataNotFlushed
         | Mutant::ReorderAcrossFlush
@@ -119,6 +121,8 @@ impl Twist for FlushRange {
 /// A flush is done some calls after it was acknowledged.
 struct FlushEarly {
     turn: Turn,
+    /// How many calls later a flush is done.
+    calls: u64,
     /// How many calls are left until it is done; 0 when none is owed.
     due_in: AtomicU64,
 }
@@ -145,11 +149,62 @@ impl Twist for FlushEarly {
         if self.turn.comes().is_some() {
             self.turn.hit();
             // One that is owed already is owed no later: flushes never stop, so it would never be done.
-            let owed = |calls| if calls == 0 { Some(EARLY) } else { None };
+            let owed = |calls| if calls == 0 { Some(self.calls) } else { None };
             let _owed_already = self.due_in.fetch_update(Ordering::Relaxed, Ordering::Relaxed, owed);
             return Ok(());
         }
         disk.flush()
+    }
+}
+
+/// After a flush, a block that it covers is what it was before in the disk's eyes, and not in those of its readers.
+struct FtlRollback {
+    turn: Turn,
+    /// Where the last write was, and what was there before it.
+    former: Mutex<Option<(u64, Vec<u8>)>>,
+}
+
+impl FtlRollback {
+    fn forget(&self, offset: u64, len: u64) {
+        let block = |(place, data): &mut (u64, Vec<u8>)| *place < offset + len && offset < *place + data.len() as u64;
+        lock(&self.former).take_if(block);
+    }
+}
+
+impl Twist for FtlRollback {
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        if let Some(medium) = &self.turn.plot().medium {
+            let mut former = vec![0; disk.block() as usize];
+            medium.read_at(&mut former, offset)?;
+            *lock(&self.former) = Some((offset, former));
+        }
+        disk.write_at(buf, offset, flags)
+    }
+
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        disk.flush()?;
+        if let Some(medium) = &self.turn.plot().medium
+            && let Some((offset, former)) = lock(&self.former).take()
+            && self.turn.comes().is_some()
+        {
+            let mut newer = vec![0; former.len()];
+            medium.read_at(&mut newer, offset)?;
+            medium.write_through(&former, offset)?;
+            medium.flush()?;
+            medium.write_at(&newer, offset)?;
+            self.turn.hit();
+        }
+        Ok(())
+    }
+
+    fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
+        self.forget(offset, len);
+        disk.discard(offset, len)
+    }
+
+    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.forget(offset, len);
+        disk.write_zeroes(offset, len, flags)
     }
 }
 

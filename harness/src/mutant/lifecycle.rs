@@ -58,6 +58,8 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
+            | Self::FlushSubmitted
+            | Self::FtlRollback
             | Self::ColdFlush
             | Self::MetadataNotFlushed
             | Self::ReorderAcrossFlush
@@ -91,6 +93,10 @@ impl Mutant {
             Self::ReissueOldOverNew => setup.recovery = Recovery::Reissue,
             Self::NoIoFlusher => setup.memory_pressure = true,
             Self::TagSwap | Self::BufferReuse | Self::StopWithInflight | Self::ReadInPieces | Self::WriteInPieces => {
+                if self == Self::WriteInPieces && setup.recovery == Recovery::Reissue {
+                    // A piece that was done and seen would be done again, over what came after it.
+                    setup.recovery = Recovery::Wait;
+                }
                 setup.queue_depth = setup.queue_depth.max(4);
                 setup.workers = setup.workers.max(2);
                 setup.io_depth = setup.io_depth.max(4);
@@ -109,6 +115,8 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
+            | Self::FlushSubmitted
+            | Self::FtlRollback
             | Self::ColdFlush
             | Self::FuaIgnored
             | Self::MetadataNotFlushed

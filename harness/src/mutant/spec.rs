@@ -205,6 +205,14 @@ FlushGivesUp "+" "flush-gives-up" Backend 10 [Durable Flush Linear Zero] YES
     "a flush fails, and the next one succeeds without what the failed one had to persist (fsyncgate)";
 SwappedBlocks "+" "swapped-blocks" Backend 50 [Tag] YES
     "two blocks of one write are stored in each other's place";
+FlushSubmitted "+" "flush-submitted" Backend 16 [Flush] YES
+    "a flush is acknowledged once it is handed on, and done a moment later: next to no power cut comes between";
+FtlRollback "+" "ftl-rollback" Backend 4 [Durable] YES
+    "a disk flushes, and when the power is cut its map rolls back to before (FAST'13)";
+LaggingMirror "+" "lagging-mirror" Backend 20 [Linear] YES
+    "a read is served by a mirror that has not got the last write yet";
+UnwrittenExtent "+" "unwritten-extent" Backend 20 [Zero] YES
+    "a read right behind a write finds its extent still marked as unwritten, and returns zeroes";
 ErroredWrite "a" "errored-write" Control 200 [] YES
     "a write that fails was done in full, in part or not at all (fio #1215)";
 UnflushedLost "b" "unflushed-lost" Control 1 [] YES

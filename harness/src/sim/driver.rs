@@ -241,7 +241,10 @@ impl Driver {
             Timing::Hold(hold) => Until::Released(hold),
             Timing::Short { blocks } => {
                 let block = u64::from(self.limits.geometry().logical_block);
-                self.requests[index as usize].limit = blocks.max(1) * block;
+                let request = &mut self.requests[index as usize];
+                // Of each operation that shares the request there is a part in it: where it fails, they all do.
+                let others = request.left - request.segments.last().map_or(request.left, |last| last.len);
+                request.limit = (blocks.max(1) * block).max(if others > 0 { others + block } else { 0 });
                 return self.hand_over(index, trace);
             }
         };

@@ -287,7 +287,8 @@ impl Ledger {
         self.now += 1;
         self.recent.cut();
         if !self.options.oracles.has(Oracle::Durable) {
-            self.seen_since_cut = Some(Sparse::new(self.options.region.sectors / u64::from(self.options.block_sectors)));
+            self.seen_since_cut =
+                Some(Sparse::new(self.options.region.sectors / u64::from(self.options.block_sectors)));
             return;
         }
         let Self { linear, durable, after_cut, now, .. } = self;

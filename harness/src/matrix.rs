@@ -51,7 +51,7 @@ impl Default for MatrixOptions {
             seed: Seed::new(1),
             mutants: Mutant::ALL.to_vec(),
             ops: 10_000,
-            ops_per_seed: 2_500,
+            ops_per_seed: 1_000,
             control_seeds: 1_000,
             control_ops: 500,
             oracles: Oracles::ALL,

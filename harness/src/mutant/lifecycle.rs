@@ -115,7 +115,6 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
-            | Self::FlushSubmitted
             | Self::FtlRollback
             | Self::ColdFlush
             | Self::FuaIgnored

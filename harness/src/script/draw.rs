@@ -260,7 +260,7 @@ impl Actions {
         let options = PlanOptions { logical_block_bytes: block, alignment_bytes: block, ..options };
         let wide = crowd(&options, seed.derive("wide", 0))?;
         // A sweep reads everything. On a large device there are fewer, or a run would do little else.
-        let slower = 1 + (setup.bytes >> 18);
+        let slower = 1 + (setup.bytes >> 20);
         Ok(Self {
             sweep: Now::draw(&mut rng, true, 8..=12, slower),
             cut: Now::draw(&mut rng, workload.cuts, 5..=11, slower),

@@ -134,10 +134,10 @@ impl Driver {
     /// # Errors
     /// A tag that is not, for which START waits for ever.
     pub(crate) fn start(&mut self, server: Box<dyn Server>, geometry: Geometry) -> Result<(), TagId> {
-        let Setup { queues, queue_depth, max_io_bytes, .. } = self.setup;
+        let Setup { queue_depth, max_io_bytes, .. } = self.setup;
         self.limits = Limits::new(max_io_bytes, geometry);
         let bytes = max_io_bytes.max(geometry.logical_block) as usize;
-        self.buffers = Buffers::new(queues, queue_depth, bytes);
+        self.buffers.renew(bytes);
         self.owners.fill(None);
         self.starved_at = None;
         for (queue, number) in self.queues.iter_mut().zip(0_u16..) {
@@ -241,10 +241,7 @@ impl Driver {
             Timing::Hold(hold) => Until::Released(hold),
             Timing::Short { blocks } => {
                 let block = u64::from(self.limits.geometry().logical_block);
-                let request = &mut self.requests[index as usize];
-                // Of each operation that shares the request there is a part in it: where it fails, they all do.
-                let others = request.left - request.segments.last().map_or(request.left, |last| last.len);
-                request.limit = (blocks.max(1) * block).max(if others > 0 { others + block } else { 0 });
+                self.requests[index as usize].limit = blocks.max(1) * block;
                 return self.hand_over(index, trace);
             }
         };

@@ -43,7 +43,7 @@ pub(crate) struct Ended {
     pub(crate) range: SectorRange,
     /// 0 for success.
     pub(crate) errno: i32,
-    /// The error is the driver's own, as when a server died.
+    /// The error is the driver's own, as when a server died, or that of another in the same request.
     pub(crate) excused: bool,
 }
 
@@ -102,17 +102,7 @@ impl Judges {
         if !judged {
             clock.switch_off();
         }
-        Self {
-            oracles,
-            ledger,
-            clock,
-            faults,
-            errors,
-            flushes,
-            in_flight: Vec::new(),
-            ended: 0,
-            injections: 0,
-        }
+        Self { oracles, ledger, clock, faults, errors, flushes, in_flight: Vec::new(), ended: 0, injections: 0 }
     }
 
     /// An operation of the application begins; fills the payload of a write.
@@ -162,7 +152,7 @@ impl Judges {
         }
         let Some(errors) = &mut self.errors else { return };
         if ended.excused {
-            errors.excuse(ended.op, None, "the driver itself");
+            errors.excuse(ended.op, None, "the driver itself, or another in the same request");
         }
         errors.observed(ended.op, ended.kind, ended.range, seen, began, now);
     }
@@ -176,9 +166,10 @@ impl Judges {
         self.ended = 0;
         let now = self.clock.tick();
         let oldest = self.in_flight.iter().copied().min().unwrap_or(now);
-        self.judge_flushes(oldest)?;
+        // Errors first: one that was swallowed says more than that something was not done.
         let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.horizon(oldest));
-        errors.map_err(|finding| found(Oracle::Errors, finding))
+        errors.map_err(|finding| found(Oracle::Errors, finding))?;
+        self.judge_flushes(oldest)
     }
 
     /// What was acknowledged and is not right, if anyone is to judge that: all that began before `oldest` has been told.
@@ -247,9 +238,9 @@ impl Judges {
     /// The run is over, and everything has ended.
     pub(crate) fn observe_finish(&mut self) -> Result<(), Failure> {
         self.observe_calls();
-        self.judge_flushes(Stamp::MAX)?;
         let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.judge().map(drop));
-        errors.map_err(|finding| found(Oracle::Errors, finding))
+        errors.map_err(|finding| found(Oracle::Errors, finding))?;
+        self.judge_flushes(Stamp::MAX)
     }
 
     /// Adds what was judged to `evidence`.

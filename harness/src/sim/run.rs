@@ -138,6 +138,8 @@ struct Run<'a> {
     index: Vec<u64>,
     /// The next sector that is to be swept, while one is.
     sweep: Option<u64>,
+    /// The subject knows that it is about to be closed.
+    stopping: bool,
     counts: Counts,
 }
 
@@ -192,6 +194,7 @@ impl<'a> Run<'a> {
             depth: vec![0; setup.workers as usize + 1],
             index: vec![0; setup.workers as usize + 1],
             sweep: None,
+            stopping: false,
             counts: Counts::default(),
         }
     }
@@ -221,6 +224,15 @@ impl<'a> Run<'a> {
         }
         if self.driver.holds() {
             self.driver.release(false, &mut self.trace);
+        }
+        if let Some(Action { act: Act::Reopen, .. }) = actions.peek()
+            && !self.stopping
+            && !self.driver.is_down()
+            && self.sweep.is_none()
+        {
+            // While requests are on their way.
+            self.stopping = true;
+            self.subject.stopping();
         }
         let Weights { issue, dispatch, step, deliver } = self.weights;
         let enabled = |weight: u64, enabled: bool| if enabled { weight } else { 0 };
@@ -337,7 +349,7 @@ impl<'a> Run<'a> {
             let result = match (ended.errno, ended.excused) {
                 (0, _) => "done".to_owned(),
                 (errno, false) => format!("errno {errno}"),
-                (errno, true) => format!("errno {errno}, of the driver itself"),
+                (errno, true) => format!("errno {errno}, of the driver itself or of another in the same request"),
             };
             format!("{now}: worker {} #{} {}: {result}", ended.op.worker, ended.op.index, ended.kind)
         });

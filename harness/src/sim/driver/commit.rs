@@ -106,9 +106,13 @@ impl Driver {
             self.queues[queue].flush_running = running;
         } else {
             let segments = std::mem::take(&mut request.segments);
+            // What fails a part of a request fails the others that joined it, whatever they are for.
+            let excuse = self.excuse;
+            self.excuse |= segments.len() > first + 1;
             for segment in &segments[first..] {
                 self.end_part(segment.bio, errno);
             }
+            self.excuse = excuse;
             self.requests[index as usize].segments = segments;
         }
         self.free_request(index);

@@ -28,7 +28,6 @@ impl Run<'_> {
             Act::Kill => self.kill()?,
             Act::Reopen => {
                 self.counts.reopens += 1;
-                self.subject.stopping();
                 self.driver.stop();
                 self.close();
                 self.open(Open::Reopen)?;
@@ -71,6 +70,7 @@ impl Run<'_> {
             self.judges.resources("the device cannot start: no id is left", vec![taken])?;
             self.ids.reboot();
         }
+        self.stopping = false;
         let server = self.subject.open(self.medium.as_ref(), why);
         let geometry = self.subject.geometry();
         let now = self.driver.now;

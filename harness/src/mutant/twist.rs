@@ -230,10 +230,6 @@ impl Blocks {
     pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &[u8])> {
         self.data.iter().map(|(block, data)| (*block, &**data))
     }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.data.is_empty()
-    }
 }
 
 /// A lock whose holder's panic is no reason to stop: what it guards is whole between statements.

@@ -43,7 +43,8 @@ fn shrink(mutant: Mutant) -> (bool, String) {
     let shrunk = shrink_on_simulator(script, &options, &ShrinkOptions::default(), &mut keep_going);
     let left = shrunk.script.actions.len();
     let again = failure_of(&shrunk.script, &options);
-    let class = again.as_ref().map_or_else(|| "nothing".to_owned(), |same| format!("{}: {}", same.oracle, same.class));
+    let class =
+        again.as_ref().map_or_else(|| "nothing".to_owned(), |same| format!("{}: {}", same.oracle, same.class));
     let line = format!(
         "{name:<22} {from} -> {left:>3} actions in {:>4} runs, {:>5} ms; fails with {} of {} seeds; {class}",
         shrunk.runs,

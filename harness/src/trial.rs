@@ -228,6 +228,19 @@ mod tests {
     }
 
     #[test]
+    fn few_reads_are_judged_loosely() {
+        let (mut loose, mut reads) = (0, 0);
+        for seed in 200..500 {
+            let trial = Trial::draw(Seed::new(seed), None, Workload::everything(500));
+            let ran = trial.run(&RunOptions::default()).expect("a setup that was drawn").ran;
+            assert!(ran.failure.is_none(), "seed {seed}: {:?}", ran.failure);
+            loose += ran.evidence.count("loose_reads");
+            reads += ran.evidence.count("reads");
+        }
+        assert!(reads > 30_000 && loose * 100 < reads, "{loose} of {reads} reads");
+    }
+
+    #[test]
     fn the_same_seed_is_the_same_run() {
         for seed in 0..20 {
             let trial = Trial::draw(Seed::new(seed), None, Workload::everything(300));

@@ -14,6 +14,9 @@ use crate::plan::OpKind;
 /// How many blocks are kept back at most.
 const KEPT: usize = 64;
 
+/// How many blocks are rolled back at a power cut at most.
+const ROLLED_BACK: usize = 8;
+
 /// How many calls after its acknowledgement a flush is done.
 const EARLY: u64 = 40;
 
@@ -34,7 +37,9 @@ pub(super) fn plant(
         Mutant::FlushNoop => twisted(inner, FlushNoop(turn)),
         Mutant::ColdFlush => twisted(inner, ColdFlush { turn, flushes: AtomicU64::new(0) }),
         Mutant::FlushRange => twisted(inner, FlushRange { turn, last: Mutex::default() }),
-        Mutant::FlushEarly => twisted(inner, FlushEarly { turn, due_in: AtomicU64::new(0) }),
+        Mutant::FlushEarly => twisted(inner, FlushEarly { turn, calls: EARLY, due_in: AtomicU64::new(0) }),
+        Mutant::FlushSubmitted => twisted(inner, FlushEarly { turn, calls: 1, due_in: AtomicU64::new(0) }),
+        Mutant::FtlRollback => twisted(inner, FtlRollback { turn, map: Mutex::default() }),
         Mutant::FuaIgnored => twisted(inner, FuaIgnored(turn)),
         Mutant::MetadataNotFlushed
         | Mutant::ReorderAcrossFlush
@@ -119,6 +124,8 @@ impl Twist for FlushRange {
 /// A flush is done some calls after it was acknowledged.
 struct FlushEarly {
     turn: Turn,
+    /// How many calls later a flush is done.
+    calls: u64,
     /// How many calls are left until it is done; 0 when none is owed.
     due_in: AtomicU64,
 }
@@ -145,11 +152,78 @@ impl Twist for FlushEarly {
         if self.turn.comes().is_some() {
             self.turn.hit();
             // One that is owed already is owed no later: flushes never stop, so it would never be done.
-            let owed = |calls| if calls == 0 { Some(EARLY) } else { None };
+            let owed = |calls| if calls == 0 { Some(self.calls) } else { None };
             let _owed_already = self.due_in.fetch_update(Ordering::Relaxed, Ordering::Relaxed, owed);
             return Ok(());
         }
         disk.flush()
+    }
+}
+
+/// After a flush, some blocks are what they were before in the map that a power cut leaves, until they change again.
+struct FtlRollback {
+    turn: Turn,
+    map: Mutex<Map>,
+}
+
+#[derive(Default)]
+struct Map {
+    /// The block that was written last, and what was there before.
+    last: Option<(u64, Vec<u8>)>,
+    /// What a power cut leaves of blocks that were flushed since.
+    old: Blocks,
+}
+
+impl FtlRollback {
+    fn forget(&self, disk: &Disk, offset: u64, len: u64) {
+        let mut map = lock(&self.map);
+        for block in disk.blocks(offset, len) {
+            map.old.remove(block);
+            map.last.take_if(|(last, _)| *last == block);
+        }
+    }
+}
+
+impl Twist for FtlRollback {
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        self.forget(disk, offset, buf.len() as u64);
+        if let Some(medium) = &self.turn.plot().medium {
+            let mut former = vec![0; disk.block() as usize];
+            medium.read_at(&mut former, offset)?;
+            lock(&self.map).last = Some((offset / disk.block(), former));
+        }
+        disk.write_at(buf, offset, flags)
+    }
+
+    fn flush(&self, disk: &Disk) -> io::Result<()> {
+        disk.flush()?;
+        let Some(medium) = &self.turn.plot().medium else { return Ok(()) };
+        let Map { last, old } = &mut *lock(&self.map);
+        if let Some((block, former)) = last.take()
+            && self.turn.comes().is_some()
+        {
+            self.turn.hit();
+            old.put(block, &former);
+            old.overflow(ROLLED_BACK);
+        }
+        let mut newer = vec![0; disk.block() as usize];
+        for (block, former) in old.iter() {
+            let offset = block * disk.block();
+            medium.read_at(&mut newer, offset)?;
+            medium.write_through(former, offset)?;
+            medium.write_at(&newer, offset)?;
+        }
+        Ok(())
+    }
+
+    fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
+        self.forget(disk, offset, len);
+        disk.discard(offset, len)
+    }
+
+    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.forget(disk, offset, len);
+        disk.write_zeroes(offset, len, flags)
     }
 }
 
@@ -235,6 +309,9 @@ impl Twist for KeptBack {
             keeps = keeps && self.keeps(disk, kept, block, flags.fua)?;
         }
         let keeps = keeps && self.turn.comes().is_some();
+        if keeps {
+            self.turn.hit();
+        }
         if kept.written.len() < REMEMBERED {
             kept.written.extend(blocks.clone());
         }
@@ -248,11 +325,7 @@ impl Twist for KeptBack {
     }
 
     fn flush(&self, disk: &Disk) -> io::Result<()> {
-        let mut kept = lock(&self.state);
-        kept.written.clear();
-        if !kept.blocks.is_empty() {
-            self.turn.hit();
-        }
+        lock(&self.state).written.clear();
         disk.flush()
     }
 
@@ -262,6 +335,9 @@ impl Twist for KeptBack {
         let keeps = self.turn.mutant() == Mutant::DiscardResurrects
             && blocks.end - blocks.start <= KEPT as u64
             && self.turn.comes().is_some();
+        if keeps {
+            self.turn.hit();
+        }
         for block in blocks {
             kept.blocks.remove(block);
             if keeps {

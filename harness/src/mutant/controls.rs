@@ -102,7 +102,13 @@ impl Twist for DiscardGarbage {
     fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
         let Some(mut rng) = self.0.comes() else { return disk.discard(offset, len) };
         self.0.hit();
-        let mut data = disk.load(offset, len)?;
+        // Below whatever faults there are: those of reads and writes are not a discard's.
+        let medium = self.0.plot().medium.as_ref();
+        let mut data = vec![0; len as usize];
+        match medium {
+            Some(medium) => medium.read_at(&mut data, offset)?,
+            None => disk.read_at(&mut data, offset)?,
+        }
         for block in data.chunks_exact_mut(disk.block() as usize) {
             match rng.below(4) {
                 0 => {}
@@ -111,7 +117,10 @@ impl Twist for DiscardGarbage {
                 _ => rng.fill(block),
             }
         }
-        disk.write_at(&data, offset, WriteFlags::NONE)
+        match medium {
+            Some(medium) => medium.write_at(&data, offset),
+            None => disk.write_at(&data, offset, WriteFlags::NONE),
+        }
     }
 }
 

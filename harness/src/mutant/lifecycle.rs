@@ -58,6 +58,8 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
+            | Self::FlushSubmitted
+            | Self::FtlRollback
             | Self::ColdFlush
             | Self::MetadataNotFlushed
             | Self::ReorderAcrossFlush
@@ -116,6 +118,7 @@ impl Mutant {
             | Self::FlushNoop
             | Self::FlushRange
             | Self::FlushEarly
+            | Self::FtlRollback
             | Self::ColdFlush
             | Self::FuaIgnored
             | Self::MetadataNotFlushed

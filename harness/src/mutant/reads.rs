@@ -3,14 +3,17 @@
 use std::io;
 use std::sync::{Arc, Mutex};
 
-use ublkit::{Backend, WriteFlags};
+use ublkit::{Backend, WriteFlags, ZeroFlags};
 
 use super::Mutant;
-use super::twist::{Disk, Turn, Twist, lock, twisted};
+use super::twist::{Blocks, Disk, Turn, Twist, lock, place, twisted};
 use super::writes::elsewhere;
 
 /// The length of the bus that one wire is stuck in, in bytes.
 const BUS: u64 = 4096;
+
+/// How many blocks a mirror lags behind by at most.
+const LAG: usize = 32;
 
 pub(super) fn plant(
     mutant: Mutant,
@@ -24,6 +27,8 @@ pub(super) fn plant(
         Mutant::StuckBit => twisted(inner, StuckBit(turn)),
         Mutant::StuckWire => twisted(inner, StuckWire(turn)),
         Mutant::HoleLeak => twisted(inner, HoleLeak { turn, memory: Mutex::default() }),
+        Mutant::LaggingMirror => twisted(inner, LaggingMirror { turn, former: Mutex::default() }),
+        Mutant::UnwrittenExtent => twisted(inner, UnwrittenExtent { turn, last: Mutex::default() }),
         _ => return Err(inner),
     })
 }
@@ -128,5 +133,93 @@ impl Twist for HoleLeak {
     fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
         buf[..disk.block() as usize].clone_into(&mut lock(&self.memory));
         disk.write_at(buf, offset, flags)
+    }
+}
+
+/// A read of a block that was overwritten a moment ago returns what it was before. What was zeroes is not lagged behind of.
+struct LaggingMirror {
+    turn: Turn,
+    /// What the last blocks that were overwritten held before.
+    former: Mutex<Blocks>,
+}
+
+impl LaggingMirror {
+    fn forget(&self, disk: &Disk, offset: u64, len: u64) {
+        let mut former = lock(&self.former);
+        for block in disk.blocks(offset, len) {
+            former.remove(block);
+        }
+    }
+}
+
+impl Twist for LaggingMirror {
+    fn read(&self, disk: &Disk, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        disk.read_at(buf, offset)?;
+        let former = lock(&self.former);
+        let mut blocks = disk.blocks(offset, buf.len() as u64);
+        if let Some((block, old)) = blocks.find_map(|block| Some((block, former.get(block)?)))
+            && self.turn.comes().is_some()
+        {
+            self.turn.hit();
+            buf[place(block, disk.block(), offset)].copy_from_slice(old);
+        }
+        Ok(())
+    }
+
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        self.forget(disk, offset, buf.len() as u64);
+        let block = disk.block();
+        let mut old = vec![0; block as usize];
+        let known = match &self.turn.plot().medium {
+            // Not through faults that are none of a read's.
+            Some(medium) => medium.read_at(&mut old, offset).is_ok(),
+            None => disk.read_at(&mut old, offset).is_ok(),
+        };
+        disk.write_at(buf, offset, flags)?;
+        if known && old.iter().any(|byte| *byte != 0) {
+            let mut former = lock(&self.former);
+            former.put(offset / block, &old);
+            former.overflow(LAG);
+        }
+        Ok(())
+    }
+
+    fn discard(&self, disk: &Disk, offset: u64, len: u64) -> io::Result<()> {
+        self.forget(disk, offset, len);
+        disk.discard(offset, len)
+    }
+
+    fn zeroes(&self, disk: &Disk, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.forget(disk, offset, len);
+        disk.write_zeroes(offset, len, flags)
+    }
+}
+
+/// A read of the block that was written last returns zeroes.
+struct UnwrittenExtent {
+    turn: Turn,
+    last: Mutex<Option<u64>>,
+}
+
+impl Twist for UnwrittenExtent {
+    fn read(&self, disk: &Disk, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        disk.read_at(buf, offset)?;
+        let last = *lock(&self.last);
+        if let Some(block) = last.filter(|block| disk.blocks(offset, buf.len() as u64).contains(block))
+            && self.turn.comes().is_some()
+        {
+            let data = &mut buf[place(block, disk.block(), offset)];
+            if data.iter().any(|byte| *byte != 0) {
+                self.turn.hit();
+            }
+            data.fill(0);
+        }
+        Ok(())
+    }
+
+    fn write(&self, disk: &Disk, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        disk.write_at(buf, offset, flags)?;
+        *lock(&self.last) = Some(offset / disk.block());
+        Ok(())
     }
 }

@@ -137,7 +137,7 @@ RmwNeighbour "25" "rmw-neighbour" Backend 40 [Zero Linear] YES
     "a write of a part of a physical block writes the rest of it stale or zeroed (longhorn-engine #750, LMCache #3154)";
 ShortIoAsFull "26" "short-io-as-full" Backend 100 [Tag Linear Zero] YES
     "a short read or write is reported as complete";
-ErrorSwallowed "27" "error-swallowed" Backend 200 [Errors Linear Zero] YES
+ErrorSwallowed "27" "error-swallowed" Backend 200 [Errors Flush Linear Zero] YES
     "an error becomes a success (IRON, SOSP'05)";
 ErrorSticky "28" "error-sticky" Backend 500 [Errors] YES
     "a place keeps failing when its fault is gone";
@@ -155,11 +155,11 @@ EarlyCommit "34" "early-commit" Backend 20 [Linear Zero] YES
     "a write is committed before the backend has done it";
 BufferReuse "35" "buffer-reuse" Server 20 [Tag Linear] TYPES
     "an asynchronous backend still uses the buffer of a slot that was committed (virtio-drivers #7)";
-DoubleCommit "36" "double-commit" Server 200 [Tag Linear Errors Watchdog] TYPES
+DoubleCommit "36" "double-commit" Server 200 [Tag Linear Errors Flush Watchdog] TYPES
     "a slot is committed twice, the second time for its next request";
 WrongResultLen "37" "wrong-result-len" Server 200 [Errors Tag Linear Zero Watchdog] TYPES
     "a result is not the number of bytes that moved (ublk.rst)";
-ErrnoSign "38" "errno-sign" Server 200 [Errors Tag Linear Zero Watchdog] TYPES
+ErrnoSign "38" "errno-sign" Server 200 [Errors Flush Tag Linear Zero Watchdog] TYPES
     "an error is committed as a positive number";
 OpFlagMask "39" "op-flag-mask" Server 1 [Durable Flush Linear Zero] YES
     "the operation is taken without its flags, and FUA is lost";
@@ -205,6 +205,14 @@ FlushGivesUp "+" "flush-gives-up" Backend 10 [Durable Flush Linear Zero] YES
     "a flush fails, and the next one succeeds without what the failed one had to persist (fsyncgate)";
 SwappedBlocks "+" "swapped-blocks" Backend 50 [Tag] YES
     "two blocks of one write are stored in each other's place";
+FlushSubmitted "+" "flush-submitted" Backend 16 [Flush] YES
+    "a flush is acknowledged once it is handed on, and done a moment later: next to no power cut comes between";
+FtlRollback "+" "ftl-rollback" Backend 1 [Durable] YES
+    "a disk flushes, and when the power is cut its map rolls back to before (FAST'13)";
+LaggingMirror "+" "lagging-mirror" Backend 20 [Linear] YES
+    "a read is served by a mirror that has not got the last write yet";
+UnwrittenExtent "+" "unwritten-extent" Backend 20 [Zero] YES
+    "a read right behind a write finds its extent still marked as unwritten, and returns zeroes";
 ErroredWrite "a" "errored-write" Control 200 [] YES
     "a write that fails was done in full, in part or not at all (fio #1215)";
 UnflushedLost "b" "unflushed-lost" Control 1 [] YES

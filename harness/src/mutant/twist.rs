@@ -227,8 +227,8 @@ impl Blocks {
         Some((block, self.data.remove(&block)?))
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.data.is_empty()
+    pub(super) fn iter(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.data.iter().map(|(block, data)| (*block, &**data))
     }
 }
 

@@ -134,10 +134,10 @@ impl Driver {
     /// # Errors
     /// A tag that is not, for which START waits for ever.
     pub(crate) fn start(&mut self, server: Box<dyn Server>, geometry: Geometry) -> Result<(), TagId> {
-        let Setup { queues, queue_depth, max_io_bytes, .. } = self.setup;
+        let Setup { queue_depth, max_io_bytes, .. } = self.setup;
         self.limits = Limits::new(max_io_bytes, geometry);
         let bytes = max_io_bytes.max(geometry.logical_block) as usize;
-        self.buffers = Buffers::new(queues, queue_depth, bytes);
+        self.buffers.renew(bytes);
         self.owners.fill(None);
         self.starved_at = None;
         for (queue, number) in self.queues.iter_mut().zip(0_u16..) {

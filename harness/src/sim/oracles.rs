@@ -166,9 +166,10 @@ impl Judges {
         self.ended = 0;
         let now = self.clock.tick();
         let oldest = self.in_flight.iter().copied().min().unwrap_or(now);
-        self.judge_flushes(oldest)?;
+        // Errors first: one that was swallowed says more than that something was not done.
         let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.horizon(oldest));
-        errors.map_err(|finding| found(Oracle::Errors, finding))
+        errors.map_err(|finding| found(Oracle::Errors, finding))?;
+        self.judge_flushes(oldest)
     }
 
     /// What was acknowledged and is not right, if anyone is to judge that: all that began before `oldest` has been told.
@@ -241,9 +242,9 @@ impl Judges {
     /// The run is over, and everything has ended.
     pub(crate) fn observe_finish(&mut self) -> Result<(), Failure> {
         self.observe_calls();
-        self.judge_flushes(Stamp::MAX)?;
         let errors = self.errors.as_mut().map_or(Ok(()), |errors| errors.judge().map(drop));
-        errors.map_err(|finding| found(Oracle::Errors, finding))
+        errors.map_err(|finding| found(Oracle::Errors, finding))?;
+        self.judge_flushes(Stamp::MAX)
     }
 
     /// Adds what was judged to `evidence`.

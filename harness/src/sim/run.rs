@@ -129,8 +129,6 @@ struct Run<'a> {
     judges: Judges,
     trace: Trace,
     ids: Ids,
-    /// The server was told that it is about to be stopped.
-    stopping: bool,
     rng: SeededRng,
     weights: Weights,
     /// What the oracles know of each slot's operation.
@@ -140,6 +138,8 @@ struct Run<'a> {
     index: Vec<u64>,
     /// The next sector that is to be swept, while one is.
     sweep: Option<u64>,
+    /// The subject knows that it is about to be closed.
+    stopping: bool,
     counts: Counts,
 }
 
@@ -188,13 +188,13 @@ impl<'a> Run<'a> {
             judges,
             trace: Trace::new(options.record),
             ids: Ids::default(),
-            stopping: false,
             rng,
             weights,
             watched: (0..slots).map(|_| None).collect(),
             depth: vec![0; setup.workers as usize + 1],
             index: vec![0; setup.workers as usize + 1],
             sweep: None,
+            stopping: false,
             counts: Counts::default(),
         }
     }
@@ -225,7 +225,11 @@ impl<'a> Run<'a> {
         if self.driver.holds() {
             self.driver.release(false, &mut self.trace);
         }
-        if !self.stopping && matches!(actions.peek(), Some(Action { act: Act::Reopen, .. })) {
+        if let Some(Action { act: Act::Reopen, .. }) = actions.peek()
+            && !self.stopping
+            && !self.driver.is_down()
+            && self.sweep.is_none()
+        {
             // While requests are on their way.
             self.stopping = true;
             self.subject.stopping();
@@ -345,7 +349,7 @@ impl<'a> Run<'a> {
             let result = match (ended.errno, ended.excused) {
                 (0, _) => "done".to_owned(),
                 (errno, false) => format!("errno {errno}"),
-                (errno, true) => format!("errno {errno}, of the driver itself"),
+                (errno, true) => format!("errno {errno}, of the driver itself or of another in the same request"),
             };
             format!("{now}: worker {} #{} {}: {result}", ended.op.worker, ended.op.index, ended.kind)
         });

@@ -61,6 +61,12 @@ impl Buffers {
         Self { queue_depth, bytes, slots: vec![Vec::new(); slots] }
     }
 
+    /// Makes them buffers of `bytes` bytes that nothing has used, and keeps their memory.
+    pub(crate) fn renew(&mut self, bytes: usize) {
+        self.bytes = bytes;
+        self.slots.iter_mut().for_each(Vec::clear);
+    }
+
     /// The length of each buffer, in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {

@@ -149,6 +149,26 @@ fn stale_cache_serves_what_was_overwritten() {
 }
 
 #[test]
+fn lagging_mirror_has_what_was_there_before() {
+    let rig = Rig::new(Mutant::LaggingMirror);
+    rig.write(0, 2, 1);
+    assert_eq!((rig.read(0, 2), rig.hits()), (vec![1, 1], 0), "zeroes were there before");
+    rig.write(0, 2, 2);
+    assert_eq!((rig.read(0, 2), rig.read(1, 1), rig.hits()), (vec![1, 2], vec![2], 1));
+    rig.discard(0, 1);
+    assert_eq!((rig.read(0, 2), rig.hits()), (vec![0, 2], 1));
+}
+
+#[test]
+fn unwritten_extent_reads_as_zeroes() {
+    let rig = Rig::new(Mutant::UnwrittenExtent);
+    rig.write(0, 2, 1);
+    assert_eq!((rig.read(0, 2), rig.read(1, 1), rig.hits()), (vec![0, 1], vec![1], 1));
+    rig.write(4, 1, 2);
+    assert_eq!((rig.read(0, 2), rig.hits()), (vec![1, 1], 1), "another was written since");
+}
+
+#[test]
 fn zeroed_buffer_stores_a_page_of_zeroes() {
     let rig = Rig::new(Mutant::ZeroedBuffer);
     rig.write(0, 32, 7);

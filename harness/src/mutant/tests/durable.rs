@@ -88,6 +88,40 @@ fn an_early_flush_is_done_later() {
 }
 
 #[test]
+fn a_flush_that_was_submitted_is_done_with_the_next_call() {
+    let lost = |backend: &dyn Backend| read(backend, 1) != 7;
+    let work = |backend: &dyn Backend| {
+        write(backend, 1, 7);
+        assert!(backend.flush().is_ok());
+    };
+    assert!(cut(Mutant::FlushSubmitted, 1, work, lost).0);
+    let work = |backend: &dyn Backend| {
+        work(backend);
+        read(backend, 0);
+    };
+    assert_eq!(cut(Mutant::FlushSubmitted, 1, work, lost), (false, 40));
+}
+
+#[test]
+fn a_map_rolls_back_behind_a_flush() {
+    let work = |backend: &dyn Backend| {
+        write(backend, 1, 6);
+        write(backend, 1, 7);
+        assert!(backend.flush().is_ok());
+        assert_eq!(read(backend, 1), 7);
+    };
+    assert_eq!(cut(Mutant::FtlRollback, 1, work, |backend| read(backend, 1) == 6), (true, 40));
+    assert!(!cut(Mutant::FtlRollback, 1, work, |backend| ![6, 7].contains(&read(backend, 1))).0);
+    assert_eq!(cut(Mutant::FtlRollback, u64::MAX, work, |backend| read(backend, 1) != 7), (false, 0));
+    let zeroed = |backend: &dyn Backend| {
+        write(backend, 1, 7);
+        assert!(backend.write_zeroes(BLOCK as u64, BLOCK as u64, ZeroFlags::NONE).is_ok());
+        assert!(backend.flush().is_ok());
+    };
+    assert_eq!(cut(Mutant::FtlRollback, 1, zeroed, |backend| read(backend, 1) != 0), (false, 0));
+}
+
+#[test]
 fn fua_is_ignored() {
     let work = |backend: &dyn Backend| {
         assert!(backend.write_at(&[7; BLOCK], 0, WriteFlags::FUA).is_ok());

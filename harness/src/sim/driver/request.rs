@@ -26,7 +26,7 @@ pub(crate) struct Bio {
     /// Parts that have not ended.
     pub(super) parts: u32,
     pub(super) stage: Stage,
-    /// The error is the driver's own: it refused, or a server died.
+    /// The error is the driver's own, as when it refused or a server died, or that of another in the same request.
     pub(crate) excused: bool,
 }
 

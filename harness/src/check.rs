@@ -96,6 +96,7 @@ mod watch;
 
 use std::fmt;
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use ublkit::Geometry;
 
@@ -110,6 +111,7 @@ use crate::event::{Event, Finding};
 use crate::fault::FaultPlan;
 use crate::oracle::Oracle;
 use crate::plan::PlanError;
+use crate::range::SectorRange;
 use crate::script::{Action, Actions, Script, Setup, VERSION, Workload};
 use crate::seed::Seed;
 use crate::sim::subject::declared_wrong;
@@ -255,14 +257,14 @@ impl<F: Factory<M>, M> Check<F, M> {
     /// # Panics
     /// When nothing was checked.
     pub fn try_run(mut self) -> Result<Checked, Box<Found>> {
-        self.seeds = self.seeds.from_environment();
+        self.seeds = self.seeds.as_environment_says();
         let remarks = Remarks::default();
         let mut checked = Checked::default();
         let geometry = self.look(self.seeds.first())?;
         for seed in self.seeds.iter() {
             let drawn = self.draw(seed, geometry);
-            let mut actions = self.actions(&drawn).map_err(|error| self.misuse(seed, &error.to_string()))?;
-            let ran = self.simulate(&drawn.header, geometry, &drawn.areas, &mut actions, &remarks);
+            let mut actions = drawn.actions().map_err(|error| misuse(seed, &error.to_string()))?;
+            let ran = self.simulate(&drawn.header, geometry, drawn.areas.ranges(), &mut actions, &remarks);
             if let Some(failure) = ran.failure {
                 let failure = Failure { oracle: failure.oracle, event: failure.event, after_ops: failure.after_ops };
                 return Err(self.shrink(&drawn, geometry, failure, &remarks));
@@ -274,19 +276,20 @@ impl<F: Factory<M>, M> Check<F, M> {
             let race = self.race(self.seeds.first(), geometry)?;
             checked.evidence.merge(&race);
         }
-        if checked.ops() == 0 || checked.verified_bytes() == 0 {
-            panic!("nothing was checked: {checked}; a check needs seeds, operations, and reads of what is known");
-        }
+        assert!(
+            checked.ops() > 0 && checked.verified_bytes() > 0,
+            "nothing was checked: {checked}; a check needs seeds, operations, and reads of what is known"
+        );
         Ok(checked)
     }
 
     /// Opens the device once, to see what it is.
     fn look(&self, seed: Seed) -> Result<Geometry, Box<Found>> {
-        let opened = self.open_new().map_err(|why_not| self.misuse(seed, &format!("it does not open: {why_not}")))?;
+        let opened = self.open_new().map_err(|why_not| misuse(seed, &format!("it does not open: {why_not}")))?;
         let geometry = opened.geometry();
         let wrong = declared_wrong(&self.setup_of(Setup::draw(&mut seed.rng()), &geometry), &geometry);
         if let Some(wrong) = wrong.first() {
-            return Err(self.misuse(seed, &format!("its geometry is wrong: {wrong}")));
+            return Err(misuse(seed, &format!("its geometry is wrong: {wrong}")));
         }
         Ok(geometry)
     }
@@ -303,15 +306,6 @@ impl<F: Factory<M>, M> Check<F, M> {
     /// Whether what was not written reads as zeroes. Storage that is used again and again holds what was there before.
     fn initially_zero(&self) -> bool {
         !self.initially_anything && (F::ON_MEDIUM || !self.reopens || self.reset.is_some())
-    }
-
-    /// There is nothing to run: the device is none.
-    #[expect(clippy::unused_self, reason = "as the others")]
-    fn misuse(&self, seed: Seed, what: &str) -> Box<Found> {
-        let finding =
-            Finding { oracle: Oracle::Resources.name().to_owned(), what: what.to_owned(), detail: Vec::new() };
-        let failure = Failure { oracle: Oracle::Resources, event: Event::Finding(finding), after_ops: 0 };
-        Box::new(Found::new(seed, failure))
     }
 
     /// `setup` as the device that was declared has it, and everything else as it is.
@@ -353,17 +347,11 @@ impl<F: Factory<M>, M> Check<F, M> {
         Drawn { header, areas, workload }
     }
 
-    fn actions(&self, drawn: &Drawn) -> Result<impl Iterator<Item = Action> + use<F, M>, PlanError> {
-        let small = Setup { bytes: drawn.areas.bytes(), ..drawn.header.setup };
-        let areas = drawn.areas.clone();
-        Ok(Actions::new(drawn.header.seed, &small, drawn.workload)?.map(move |action| areas.place(action)))
-    }
-
     fn simulate(
         &self,
         header: &Script,
         geometry: Geometry,
-        areas: &Areas,
+        areas: Arc<[SectorRange]>,
         actions: &mut dyn Iterator<Item = Action>,
         remarks: &Remarks,
     ) -> Ran {
@@ -373,7 +361,7 @@ impl<F: Factory<M>, M> Check<F, M> {
         remarks.take();
         let storage = (self.medium_bytes, self.initially_zero());
         let mut opener = Opener::new(&self.factory, header, geometry, storage, remarks);
-        let options = RunOptions { areas: areas.ranges(), ..RunOptions::default() };
+        let options = RunOptions { areas, ..RunOptions::default() };
         run(&header.setup, header.seed, &mut opener, actions, &options)
     }
 }
@@ -416,4 +404,19 @@ impl<F, M> fmt::Debug for Check<F, M> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Check").field("seeds", &self.seeds).field("ops", &self.ops).finish_non_exhaustive()
     }
+}
+
+impl Drawn {
+    fn actions(&self) -> Result<impl Iterator<Item = Action> + use<>, PlanError> {
+        let small = Setup { bytes: self.areas.bytes(), ..self.header.setup };
+        let areas = self.areas.clone();
+        Ok(Actions::new(self.header.seed, &small, self.workload)?.map(move |action| areas.place(action)))
+    }
+}
+
+/// There is nothing to run: the device is none.
+fn misuse(seed: Seed, what: &str) -> Box<Found> {
+    let finding = Finding { oracle: Oracle::Resources.name().to_owned(), what: what.to_owned(), detail: Vec::new() };
+    let failure = Failure { oracle: Oracle::Resources, event: Event::Finding(finding), after_ops: 0 };
+    Box::new(Found::new(seed, failure))
 }

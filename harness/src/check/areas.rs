@@ -82,11 +82,12 @@ mod tests {
         for seed in 0..2000 {
             let mut rng = Seed::new(seed).rng();
             let block = 512 << rng.within(0..=3);
-            let device = block * rng.within(1..=1 << rng.within(1..=40));
+            let most = 1 << rng.within(1..=40);
+            let device = block * rng.within(1..=most);
             let bytes = (64 << 10) << rng.below(8);
             let areas = Areas::draw(&mut rng, device, bytes, block);
             let ranges = areas.ranges();
-            assert_eq!(areas.bytes(), ranges.iter().map(|range| range.len_bytes()).sum());
+            assert_eq!(areas.bytes(), ranges.iter().map(|range| range.len_bytes()).sum::<u64>());
             assert!(ranges.iter().all(|range| SectorRange::device(device).covers(*range)));
             assert!(ranges.iter().all(|range| range.offset_bytes() % block == 0 && range.len_bytes() % block == 0));
             assert!(ranges.windows(2).all(|pair| pair[0].end() < pair[1].first));

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use ublkit::{Backend, Geometry};
 
 use self::caller::{Caller, Shared};
-use super::{Check, Factory, Found};
+use super::{Check, Factory, Found, misuse};
 use crate::bundle::Failure;
 use crate::event::{Event, Hang};
 use crate::oracle::Oracle;
@@ -106,7 +106,7 @@ impl<F: Factory<M>, M> Check<F, M> {
         Err(self.raced(seed, found, best, rate))
     }
 
-    fn raced(&self, seed: Seed, failure: Failure, field: Field, rate: Rate) -> Box<Found> {
+    fn raced(&self, seed: Seed, failure: Box<Failure>, field: Field, rate: Rate) -> Box<Found> {
         let (calls, torn) = match &failure.event {
             Event::Mismatch(mismatch) => (
                 mismatch.history.iter().map(ToString::to_string).collect(),
@@ -114,7 +114,7 @@ impl<F: Factory<M>, M> Check<F, M> {
             ),
             _ => (Vec::new(), false),
         };
-        Box::new(Found { race: Some(Race { field, rate, calls, torn }), ..Found::new(seed, failure) })
+        Box::new(Found { race: Some(Race { field, rate, calls, torn }), ..Found::new(seed, *failure) })
     }
 
     /// One race on a new device.
@@ -123,10 +123,10 @@ impl<F: Factory<M>, M> Check<F, M> {
         seed: Seed,
         geometry: Geometry,
         field: &Field,
-    ) -> Result<Result<Evidence, Failure>, Box<Found>> {
-        let opened = self.open_new().map_err(|why_not| self.misuse(seed, &format!("it does not open: {why_not}")))?;
+    ) -> Result<Result<Evidence, Box<Failure>>, Box<Found>> {
+        let opened = self.open_new().map_err(|why_not| misuse(seed, &format!("it does not open: {why_not}")))?;
         let Some(backend) = opened.backend() else {
-            return Err(self.misuse(seed, "threads can share what has blocking calls, and nothing else"));
+            return Err(misuse(seed, "threads can share what has blocking calls, and nothing else"));
         };
         let shared = Arc::new(Shared::new(self.ledger_options(seed, geometry, field)));
         Ok(race(&backend, &shared, seed, geometry, field))
@@ -140,7 +140,7 @@ fn race(
     seed: Seed,
     geometry: Geometry,
     field: &Field,
-) -> Result<Evidence, Failure> {
+) -> Result<Evidence, Box<Failure>> {
     let (ended, all_ended) = channel::<()>();
     let threads: Vec<_> = (0..field.threads)
         .map(|worker| {
@@ -165,7 +165,7 @@ fn race(
             let what = "what the threads have begun".to_owned();
             let notes = shared.in_flight();
             let hang = Hang { what, deadline_ms: PATIENCE.as_millis() as u64, threads: Vec::new(), notes };
-            return Err(Failure { oracle: Oracle::Watchdog, event: Event::Hang(hang), after_ops: calls });
+            return Err(Box::new(Failure { oracle: Oracle::Watchdog, event: Event::Hang(hang), after_ops: calls }));
         }
         before = calls;
     }

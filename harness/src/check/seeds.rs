@@ -31,7 +31,7 @@ impl Seeds {
     ///
     /// # Panics
     /// When it says what is no number: a test that passes with other seeds than were meant would mislead.
-    pub(super) fn from_environment(self) -> Self {
+    pub(super) fn as_environment_says(self) -> Self {
         let get = |name: &str| env::var(name).ok();
         self.overridden(get(ONE).as_deref(), get(TIMES).as_deref())
     }

@@ -95,10 +95,10 @@ impl Shared {
     }
 
     /// What was done, or what was wrong.
-    pub(super) fn result(&self) -> Result<Evidence, Failure> {
+    pub(super) fn result(&self) -> Result<Evidence, Box<Failure>> {
         let mut books = self.books();
         if let Some(failure) = books.failure.take() {
-            return Err(failure);
+            return Err(Box::new(failure));
         }
         let mut evidence = Evidence::new();
         evidence.add("thread_calls", self.calls());

@@ -68,7 +68,8 @@ impl Backend for OnDisk {
 
 #[test]
 fn durable_bugs_are_found_in_a_few_steps() {
-    let found = |bug| check(move |medium: Medium| OnDisk::open(medium, bug)).seeds(40).try_run();
+    let found =
+        |bug| check(move |medium: Medium| OnDisk::open(medium, bug)).seeds(20).medium_bytes(1 << 20).try_run();
     assert!(found(Bug::None).expect("a right one").power_cuts() > 10);
     for bug in [Bug::Flush, Bug::FlushInTheEnd, Bug::Fua, Bug::WriteThrough, Bug::Open] {
         let found = found(bug).expect_err("a wrong one");
@@ -122,6 +123,6 @@ impl Drop for WriteBack {
 fn a_cache_of_its_own_dies_with_the_server_unless_that_is_left_out() {
     let open = |medium: Medium| WriteBack { medium, cache: Mutex::default() };
     check(open).seeds(20).medium_bytes(1 << 20).kills(false).run();
-    let found = check(open).seeds(40).medium_bytes(1 << 20).try_run().expect_err("it loses what it has");
+    let found = check(open).seeds(20).medium_bytes(1 << 20).try_run().expect_err("it loses what it has");
     assert!(found.operations() <= 2 && found.to_string().contains("the server dies"), "{found}");
 }

@@ -7,9 +7,9 @@ fn the_page_says_what_was_promised_and_how_to_see_it_again() {
     let found = check(|| Long(Arc::new(right()))).try_run().expect_err("it zeroes too much");
     let page = found.to_string();
     for words in [
-        "a promise is broken: a read returns what was written",
+        "a promise is broken: a read returns what was written last",
         "should hold  what step 1 wrote",
-        "holds        zeroes",
+        "holds        zeroes: the last change left no trace",
         "1. worker 0 writes sectors",
         "2. worker 0 zeroes sectors",
         "<- shows it",

@@ -76,7 +76,7 @@ impl<F: Factory<M>, M> Check<F, M> {
         };
         // Threads that hang are still there, and so may be what they hold.
         if matches!(failure.event, Event::Hang(_)) {
-            return Err(self.raced(seed, failure, field, Rate { failed: 1, of: 1 }));
+            return Err(self.raced(seed, *failure, field, Rate { failed: 1, of: 1 }));
         }
         let (mut best, mut found) = (field, failure);
         let wanted = Signature::of(found.oracle, &found.event).class;
@@ -103,10 +103,10 @@ impl<F: Factory<M>, M> Check<F, M> {
             rate.of += 1;
             rate.failed += u64::from(matches!(failed, Ok(Err(_))));
         }
-        Err(self.raced(seed, found, best, rate))
+        Err(self.raced(seed, *found, best, rate))
     }
 
-    fn raced(&self, seed: Seed, failure: Box<Failure>, field: Field, rate: Rate) -> Box<Found> {
+    fn raced(&self, seed: Seed, failure: Failure, field: Field, rate: Rate) -> Box<Found> {
         let (calls, torn) = match &failure.event {
             Event::Mismatch(mismatch) => (
                 mismatch.history.iter().map(ToString::to_string).collect(),
@@ -114,7 +114,7 @@ impl<F: Factory<M>, M> Check<F, M> {
             ),
             _ => (Vec::new(), false),
         };
-        Box::new(Found { race: Some(Race { field, rate, calls, torn }), ..Found::new(seed, *failure) })
+        Box::new(Found { race: Some(Race { field, rate, calls, torn }), ..Found::new(seed, failure) })
     }
 
     /// One race on a new device.

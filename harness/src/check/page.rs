@@ -178,6 +178,9 @@ fn steps(failure: &Failure, script: &Script) -> Vec<String> {
         _ => None,
     };
     let mut counts: Vec<u64> = vec![0; script.setup.workers as usize];
+    // Whoever sweeps comes after the workers.
+    let swept = reader.is_some_and(|(worker, _)| worker >= script.setup.workers);
+    let last_sweep = script.actions.iter().rposition(|action| action.act == Act::Sweep).filter(|_| swept);
     let mut lines = Vec::new();
     for (number, action) in (1..).zip(&script.actions) {
         let mut line = format!("{number:>2}. {action}");
@@ -186,6 +189,9 @@ fn steps(failure: &Failure, script: &Script) -> Vec<String> {
                 line += "  <- shows it";
             }
             *count += 1;
+        }
+        if last_sweep.is_some_and(|at| at + 1 == number) {
+            line += "  <- shows it";
         }
         lines.push(line);
     }

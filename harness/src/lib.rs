@@ -54,6 +54,7 @@ pub mod vacuity;
 pub mod verdict;
 pub mod watchdog;
 
+pub use check::{Check, Checked, Found, check};
 pub use classify::{Class, Content, Expected};
 pub use event::Event;
 pub use ledger::{Ledger, LedgerOptions, OpId};

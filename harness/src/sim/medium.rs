@@ -14,6 +14,7 @@ mod tests;
 use std::fmt;
 use std::io;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
@@ -38,6 +39,8 @@ pub struct MediumOptions {
 pub struct Medium {
     options: MediumOptions,
     images: Arc<Mutex<Images>>,
+    /// Whether this handle still leads to the disk.
+    connected: Arc<AtomicBool>,
 }
 
 #[derive(Clone)]
@@ -55,7 +58,7 @@ impl Medium {
         let bytes = options.bytes as usize;
         let durable = vec![0; if options.volatile_cache { bytes } else { 0 }];
         let images = Images { current: vec![0; bytes], durable, log: Log::default() };
-        Self { options, images: Arc::new(Mutex::new(images)) }
+        Self { options, images: Arc::new(Mutex::new(images)), connected: Arc::new(AtomicBool::new(true)) }
     }
 
     /// What it is made of.
@@ -109,8 +112,9 @@ impl Medium {
     /// Makes every change durable.
     ///
     /// # Errors
-    /// Never; a disk might.
+    /// When the handle is [cut off](Self::disconnect).
     pub fn flush(&self) -> io::Result<()> {
+        self.range(0, 0)?;
         let Images { durable, log, .. } = &mut *self.images();
         log.apply(durable);
         Ok(())
@@ -147,7 +151,22 @@ impl Medium {
     #[must_use]
     pub fn fork(&self) -> Self {
         let images = self.images().clone();
-        Self { options: self.options, images: Arc::new(Mutex::new(images)) }
+        Self {
+            options: self.options,
+            images: Arc::new(Mutex::new(images)),
+            connected: Arc::new(AtomicBool::new(true)),
+        }
+    }
+
+    /// Another handle of the same disk. It and its clones can be [cut off](Self::disconnect) without the others.
+    #[must_use]
+    pub fn connect(&self) -> Self {
+        Self { connected: Arc::new(AtomicBool::new(true)), ..self.clone() }
+    }
+
+    /// From now on all that is asked of this handle and its clones fails: whoever has them died.
+    pub fn disconnect(&self) {
+        self.connected.store(false, Ordering::Relaxed);
     }
 
     /// How many changes are not durable, give or take those that were made durable on their own.
@@ -179,6 +198,9 @@ impl Medium {
     }
 
     fn range(&self, offset: u64, len: u64) -> io::Result<Range<usize>> {
+        if !self.connected.load(Ordering::Relaxed) {
+            return Err(io::ErrorKind::NotConnected.into());
+        }
         match offset.checked_add(len) {
             Some(end) if end <= self.options.bytes => Ok(offset as usize..end as usize),
             _ => Err(io::ErrorKind::InvalidInput.into()),

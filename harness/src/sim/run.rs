@@ -17,7 +17,7 @@ use crate::sector::Pattern;
 use crate::seed::{Seed, SeededRng};
 use crate::sim::driver::Driver;
 use crate::sim::ids::Ids;
-use crate::sim::medium::{Medium, MediumOptions};
+use crate::sim::medium::Medium;
 use crate::sim::oracles::{Ended, Failure, Judges, Watched};
 use crate::sim::subject::{Open, Subject};
 use crate::sim::trace::{Trace, What};
@@ -40,12 +40,14 @@ pub struct RunOptions {
     pub patience: u64,
     /// What other devices hold, for naming bytes that come from there.
     pub foreign: Arc<[Pattern]>,
+    /// What sweeps read, in order and apart from each other; the whole device if empty.
+    pub areas: Arc<[SectorRange]>,
 }
 
 impl Default for RunOptions {
     /// Every oracle, and no events.
     fn default() -> Self {
-        Self { oracles: Oracles::ALL, record: false, patience: 50_000, foreign: Arc::new([]) }
+        Self { oracles: Oracles::ALL, record: false, patience: 50_000, foreign: Arc::new([]), areas: Arc::new([]) }
     }
 }
 
@@ -168,10 +170,7 @@ impl<'a> Run<'a> {
         let mut setup = *setup;
         (setup.queues, setup.queue_depth) = (setup.queues.max(1), setup.queue_depth.max(1));
         (setup.workers, setup.io_depth) = (setup.workers.max(1), setup.io_depth.max(1));
-        let medium = subject.uses_medium().then(|| {
-            let (bytes, volatile_cache, atomic_bytes) = (setup.bytes, setup.volatile_cache, setup.logical_block);
-            Medium::new(MediumOptions { bytes, volatile_cache, atomic_bytes })
-        });
+        let medium = subject.uses_medium().then(|| Medium::new(subject.medium_options(&setup)));
         let slots = setup.workers as usize * setup.io_depth as usize + SWEEP_DEPTH;
         let mut rng = seed.derive("simulator", 0).rng();
         let mut weight = || 1 << rng.below(5);

@@ -9,7 +9,7 @@ use crate::fault::{FaultPlan, Faults};
 use crate::script::Setup;
 use crate::seed::Seed;
 use crate::sim::calls::{CallLog, ObservedCalls};
-use crate::sim::medium::{Medium, MediumDisk};
+use crate::sim::medium::{Medium, MediumDisk, MediumOptions};
 use crate::sim::server::{PlainServer, Server};
 
 /// Why a server is opened.
@@ -38,6 +38,12 @@ pub trait Subject {
     /// what is lost beyond that is for [`open`](Self::open) to lose.
     fn uses_medium(&self) -> bool {
         true
+    }
+
+    /// The medium that it stores its data on. Without anything between, it is the disk that `setup` describes.
+    fn medium_options(&self, setup: &Setup) -> MediumOptions {
+        let Setup { bytes, volatile_cache, logical_block: atomic_bytes, .. } = *setup;
+        MediumOptions { bytes, volatile_cache, atomic_bytes }
     }
 
     /// The device is about to be closed in order; requests may still be on their way.

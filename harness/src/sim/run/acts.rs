@@ -46,7 +46,7 @@ impl Run<'_> {
             }
             Act::Sweep => {
                 self.counts.sweeps += 1;
-                self.sweep = Some(0);
+                self.sweep = Some(self.options.areas.first().map_or(0, |area| area.first));
             }
         }
         Ok(())
@@ -54,11 +54,14 @@ impl Run<'_> {
 
     /// Reads the next part of a sweep.
     fn sweep_on(&mut self, next: u64) {
-        let device = SectorRange::device(self.setup.bytes);
+        let areas = &self.options.areas;
+        let area = areas.iter().find(|area| area.contains(next));
+        let area = area.copied().unwrap_or(SectorRange::device(self.setup.bytes));
         let block = u64::from(self.setup.logical_block) / SECTOR as u64;
         let most = (u64::from(self.setup.max_io_bytes) / SECTOR as u64 / block * block).max(block);
-        let range = SectorRange::new(next, most.min(device.end() - next));
-        self.sweep = (range.end() < device.end()).then_some(range.end());
+        let range = SectorRange::new(next, most.min(area.end() - next));
+        let others = areas.iter().map(|area| area.first).find(|first| *first >= range.end());
+        self.sweep = if range.end() < area.end() { Some(range.end()) } else { others };
         self.begin(self.setup.workers as usize, OpKind::Read, range);
     }
 

@@ -12,19 +12,19 @@ const BYTES: u64 = 2 << 20;
 
 #[test]
 fn memory_holds_what_it_is_given() {
-    let checked = check(|| Memory::new(BYTES)).seeds(20).discard_reads_zeroes().threads(4).run();
+    let checked = check(|| Memory::new(BYTES)).seeds(8).discard_reads_zeroes().threads(4).run();
     assert!(checked.thread_calls() >= 20_000, "{checked}");
 }
 
 #[test]
 fn memory_with_any_geometry() {
     let geometry = Geometry::bytes(BYTES).logical_block(4096).fua().discard(65_536).write_zeroes_max(8192);
-    check(move || Memory::with_geometry(geometry)).seeds(20).discard_reads_zeroes().threads(4).run();
+    check(move || Memory::with_geometry(geometry)).seeds(8).discard_reads_zeroes().threads(4).run();
 }
 
 #[test]
 fn memory_of_a_tebibyte() {
-    check(|| Memory::new(1 << 40)).seeds(10).ops(1000).discard_reads_zeroes().run();
+    check(|| Memory::new(1 << 40)).seeds(5).ops(500).discard_reads_zeroes().run();
 }
 
 /// It stores nothing, and says so.
@@ -48,7 +48,7 @@ fn file(direct: bool) {
         }
     };
     let checked = check(move || File::options().direct(direct).open(&path))
-        .seeds(20)
+        .seeds(8)
         .ops(1000)
         .reset(reset)
         .discard_reads_zeroes()

@@ -1,5 +1,6 @@
 //! What is given arbitrary input, a file each.
 
+mod bundle;
 mod classifier;
 mod descriptor;
 mod events;
@@ -10,13 +11,14 @@ mod script;
 use crate::Target;
 
 /// Every target.
-pub const TARGETS: [Target; 6] = [
+pub const TARGETS: [Target; 7] = [
+    Target { name: "bundle", run: bundle::run, in_tests: 1_000 },
     Target { name: "classifier", run: classifier::run, in_tests: 2_000 },
     Target { name: "descriptor", run: descriptor::run, in_tests: 20_000 },
     Target { name: "events", run: events::run, in_tests: 20_000 },
     Target { name: "parsers", run: parsers::run, in_tests: 20_000 },
     Target { name: "plan", run: plan::run, in_tests: 20_000 },
-    Target { name: "script", run: script::run, in_tests: 20_000 },
+    Target { name: "script", run: script::run, in_tests: 5_000 },
 ];
 
 /// Whether a value that was read comes out of JSON as it went in.

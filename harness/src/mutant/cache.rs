@@ -359,7 +359,7 @@ impl Twist for KeptBack {
 /// What is still kept when the server ends is lost, flush or not.
 impl Drop for KeptBack {
     fn drop(&mut self) {
-        if !lock(&self.state).blocks.is_empty() {
+        if lock(&self.state).blocks.iter().next().is_some() {
             self.turn.hit();
         }
     }

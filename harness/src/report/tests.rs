@@ -168,7 +168,7 @@ fn a_log_is_quiet_and_plain() {
     for part in [
         "\n  ok    size (3 ms): 64 MiB\n",
         "\nmismatch: sector 0 (worker 2, checking 0+8): lost: ",
-        "\n  #5 write 0+8 generation 1 done",
+        "\n  2#5 write 0+8 generation 1 done",
         "\nflush: an fsync never reached the backend\n",
         "\nhang: close did not end within 30.0 s\n  1/2 queue D\n  in flight: 3\n",
         "\nnote: the device has no discard\n",

@@ -14,7 +14,6 @@ use super::watch::Remarks;
 use crate::fault::Faults;
 use crate::script::{Script, Setup};
 use crate::seed::SeededRng;
-use crate::sim::calls::CallLog;
 use crate::sim::{Buffers, Commit, Medium, MediumOptions, Open, Server, Subject, TagId, Work};
 
 /// Opens the device with the factory, again and again.
@@ -25,7 +24,6 @@ pub(super) struct Opener<'a, F, M> {
     pub(super) remarks: &'a Remarks,
     reorder: u8,
     declared: Geometry,
-    calls: CallLog,
     faults: Faults,
     /// Whether the server that is there now will be closed in order.
     orderly: Arc<AtomicBool>,
@@ -40,14 +38,12 @@ impl<'a, F: Factory<M>, M> Opener<'a, F, M> {
         (medium_bytes, initially_zero): (u64, bool),
         remarks: &'a Remarks,
     ) -> Self {
-        let calls = CallLog::default();
-        let clock = calls.clone();
         let seed = header.seed.derive("fault backend", 0);
-        let faults = Faults::with_clock(header.faults.clone(), seed, Arc::new(move || clock.tick()));
+        let faults = Faults::new(header.faults.clone(), seed);
         // Tells the faults how large a block is. They are faults of time, which are not for a backend to have.
         drop(faults.backend(Null::with_geometry(declared)));
         let (reorder, orderly, marker) = (header.setup.reorder, Arc::default(), PhantomData);
-        Self { factory, medium_bytes, initially_zero, remarks, reorder, declared, calls, faults, orderly, marker }
+        Self { factory, medium_bytes, initially_zero, remarks, reorder, declared, faults, orderly, marker }
     }
 }
 
@@ -97,10 +93,6 @@ impl<F: Factory<M>, M> Subject for Opener<'_, F, M> {
 
     fn faults(&self) -> Option<&Faults> {
         Some(&self.faults)
-    }
-
-    fn calls(&self) -> Option<&CallLog> {
-        Some(&self.calls)
     }
 }
 

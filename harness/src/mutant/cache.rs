@@ -356,15 +356,6 @@ impl Twist for KeptBack {
     }
 }
 
-/// What is still kept when the server ends is lost, flush or not.
-impl Drop for KeptBack {
-    fn drop(&mut self) {
-        if lock(&self.state).blocks.iter().next().is_some() {
-            self.turn.hit();
-        }
-    }
-}
-
 /// A flush fails, which it admits to, and takes what was dirty for clean: no later flush persists that.
 struct FlushGivesUp {
     turn: Turn,

@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe sim mutants test test-unit test-integration test-vm test-scripts fuzz confusion lint bench release
+.PHONY: help torture probe sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,15 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 
 fuzz: ## Arbitrary input for everything that reads any: DURATION seconds for each target, TARGETS or all
 	$(CARGO) run --profile fuzz --quiet -p ublkit-fuzz -- --duration $(DURATION) $(TARGETS)
+
+shrinking: ## A failing script of 5,000 operations for every known bug, made small
+	$(CARGO) run --release --quiet -p ublkit-harness --example shrinking
+
+user-crate: ## A crate outside this workspace tests its backends, as an unprivileged user
+	ci/user-crate
+
+mutants-device: release ## The known bugs that a real device can have, planted in one after another
+	$(RUN) -- $(TORTURE) mutants --device-mode --report $(REPORTS)/mutants-device $(ARGS)
 
 confusion: ## What the classifier calls corruptions of every class
 	$(CARGO) run --release --quiet -p ublkit-harness --example confusion

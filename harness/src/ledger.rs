@@ -58,7 +58,7 @@ pub struct LedgerOptions {
     /// Whether what was acknowledged may be lost at a power cut until a flush.
     pub volatile_cache: bool,
     /// Whether a read may find a block torn while a write to it is under way, as through a page cache that copies without a
-    /// lock. Such a block is not judged, but for its words all being from contents that it may have.
+    /// lock. Such a block is not judged, but for its bytes all being from contents that it may have.
     pub torn_by_races: bool,
     /// Which oracles judge.
     pub oracles: Oracles,
@@ -518,7 +518,7 @@ impl Ledger {
         Ok(())
     }
 
-    /// Whether every word is from one of these contents.
+    /// Whether every byte is from one of these contents: a copy that is not one instruction may be caught within a word.
     fn is_mixture(&self, block: u64, bytes: &[u8], contents: &[Content]) -> bool {
         let first = self.first_sector(block);
         (first..).zip(bytes.as_chunks::<SECTOR>().0).all(|(lba, got)| {
@@ -530,7 +530,7 @@ impl Ledger {
                 right
             });
             let rights: Vec<_> = rights.by_ref().collect();
-            (0..SECTOR).step_by(8).all(|at| rights.iter().any(|right| right[at..at + 8] == got[at..at + 8]))
+            (0..SECTOR).all(|at| rights.iter().any(|right| right[at] == got[at]))
         })
     }
 

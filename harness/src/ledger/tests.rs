@@ -349,11 +349,16 @@ fn a_torn_block_is_torn_unless_races_may_tear() {
         let write = ledger.begin(OpId::default(), OpKind::Write, range, &mut new);
         let mut torn = old.clone();
         torn[3 * SECTOR..].copy_from_slice(&new[3 * SECTOR..]);
-        // Within a word.
-        torn[3 * SECTOR..3 * SECTOR + 3].copy_from_slice(&old[3 * SECTOR..3 * SECTOR + 3]);
+        let mut within_a_word = torn.clone();
+        within_a_word[3 * SECTOR..3 * SECTOR + 3].copy_from_slice(&old[3 * SECTOR..3 * SECTOR + 3]);
+        for torn in [&torn, &within_a_word] {
+            let ticket = ledger.begin(OpId::default(), OpKind::Read, range, &mut []);
+            assert_eq!(ledger.end_read(ticket, torn).is_ok(), torn_by_races);
+        }
+        let mut foreign = within_a_word;
+        foreign[5 * SECTOR] ^= 1;
         let ticket = ledger.begin(OpId::default(), OpKind::Read, range, &mut []);
-        let beside = ledger.end_read(ticket, &torn);
-        assert_eq!(beside.is_ok(), torn_by_races);
+        assert!(ledger.end_read(ticket, &foreign).is_err(), "a byte that is from neither");
         ledger.end(write, Outcome::Done);
         let ticket = ledger.begin(OpId::default(), OpKind::Read, range, &mut []);
         let mismatch = ledger.end_read(ticket, &torn).expect_err("torn for good");

@@ -18,7 +18,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::params;
 use crate::queue::{Handler, Queue, setup_error};
 use crate::ring::tags::{self, Copying, Tags};
-use crate::stats::{Event, EventSink, QueueShared};
+use crate::stats::{Event, EventSink, Phase, QueueShared};
 use crate::sys::map::{Map, page_size};
 use crate::sys::process::set_io_flusher;
 use crate::sys::ublk::{self, Features};
@@ -333,6 +333,7 @@ impl<S: Serve> DeviceBuilder<S> {
         if !info.features().contains(features) {
             return Err(Error::new(ErrorKind::Unsupported, format!("use {features:?}: the driver did not grant it")));
         }
+        (options.events)(&Event::Phase(Phase::Added));
         let device = launch(&controller, info, geometry, &options, source)?;
         added.armed = false;
         Ok(device)
@@ -364,6 +365,7 @@ fn launch<S: Serve>(
     let deadline = Instant::now() + options.deadlines.start;
     controller.set_params(info.id(), &params::params(&geometry, info.max_io_bytes()))?;
     let character_device = Arc::new(open_character_device(&info)?);
+    (options.events)(&Event::Phase(Phase::Configured));
     let health = Arc::new(Health::default());
     let source = Arc::new(source);
     let name = format!("ublk{}", info.id());
@@ -391,6 +393,7 @@ fn launch<S: Serve>(
         await_queues(&ready, info.queues(), deadline)
     })
     .and_then(|()| {
+        (options.events)(&Event::Phase(Phase::Fetched));
         let left = deadline.saturating_duration_since(Instant::now());
         controller.start(info.id(), std::process::id(), left, &|| health.first_error().is_some()).map_err(|error| {
             // A queue that failed is why the start was called off.
@@ -402,7 +405,10 @@ fn launch<S: Serve>(
         device.undo_start();
         return Err(error);
     }
-    if !wait_for_node(&device.path()) {
+    (options.events)(&Event::Phase(Phase::Started));
+    if wait_for_node(&device.path()) {
+        (options.events)(&Event::Phase(Phase::Visible));
+    } else {
         (options.events)(&Event::Degraded {
             what: format!(
                 "{} did not appear within {NODE_DEADLINE:?}: the device is served, but its node is not in this /dev",

@@ -15,7 +15,7 @@ use crate::orphan::{self, Identity};
 use crate::queue::Handler;
 use crate::ring::tags;
 use crate::signals::Signals;
-use crate::stats::{QueueShared, QueueStats};
+use crate::stats::{Event, Phase, QueueShared, QueueStats};
 use crate::workers::Workers;
 
 /// How long queue threads may take to end once they can.
@@ -158,7 +158,7 @@ impl fmt::Display for Closed {
 }
 
 #[derive(Debug)]
-enum Phase {
+enum Closure {
     Open,
     Closing,
     Closed(Result<Closed>),
@@ -180,7 +180,7 @@ pub struct Device {
     pub(crate) stats: Vec<Arc<QueueShared>>,
     /// What this device is, whoever has its id.
     identity: Option<Identity>,
-    phase: Mutex<Phase>,
+    phase: Mutex<Closure>,
     phase_changed: Condvar,
 }
 
@@ -300,7 +300,7 @@ impl Device {
             threads: serving.thread_ids(),
             stats: serving.queues.iter().map(|queue| Arc::clone(&queue.shared)).collect(),
             serving: Mutex::new(serving),
-            phase: Mutex::new(Phase::Open),
+            phase: Mutex::new(Closure::Open),
             phase_changed: Condvar::new(),
         }
     }
@@ -392,27 +392,27 @@ impl Device {
             let mut waited = false;
             loop {
                 match &*phase {
-                    Phase::Open => break,
+                    Closure::Open => break,
                     // What did not end in time may end now.
-                    Phase::Closed(Err(error)) if error.kind() == ErrorKind::TimedOut && !waited => break,
-                    Phase::Closed(result) => return result.clone(),
-                    Phase::Closing => {
+                    Closure::Closed(Err(error)) if error.kind() == ErrorKind::TimedOut && !waited => break,
+                    Closure::Closed(result) => return result.clone(),
+                    Closure::Closing => {
                         phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
                         waited = true;
                     }
                 }
             }
-            *phase = Phase::Closing;
+            *phase = Closure::Closing;
         }
         let result = self.close_once(deadlines);
-        *self.phase() = Phase::Closed(result.clone());
+        *self.phase() = Closure::Closed(result.clone());
         self.phase_changed.notify_all();
         result
     }
 
     /// Ends what a failed start began. The builder deletes the device afterwards.
     pub(crate) fn undo_start(&self) {
-        *self.phase() = Phase::Closed(Err(Error::new(ErrorKind::State, "close the device: it was never started")));
+        *self.phase() = Closure::Closed(Err(Error::new(ErrorKind::State, "close the device: it was never started")));
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.health.closing();
         serving.abandon();
@@ -420,7 +420,7 @@ impl Device {
         let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
     }
 
-    fn phase(&self) -> MutexGuard<'_, Phase> {
+    fn phase(&self) -> MutexGuard<'_, Closure> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -440,9 +440,10 @@ impl Device {
         let until = Instant::now() + deadlines.stop;
         let stopped = serving
             .await_answers(until)
+            .map(|()| self.tell(Phase::Stopping))
             .and_then(|()| self.controller.stop(self.id(), until.saturating_duration_since(Instant::now())));
         match stopped {
-            Ok(()) => {}
+            Ok(()) => self.tell(Phase::Stopped),
             // Somebody else deleted it: only our side is left to end.
             Err(error) if error.kind() == ErrorKind::NotFound => serving.abandon(),
             Err(error) => {
@@ -461,9 +462,19 @@ impl Device {
             return joined.and(Err(still_inside("a queue")));
         }
         drop(serving);
+        self.tell(Phase::Joined);
         // A worker that is stuck holds nothing of the device's.
         let deleted = self.delete(deadlines.delete);
+        if deleted.is_ok() {
+            self.tell(Phase::Deleted);
+        }
         joined.and(deleted)
+    }
+
+    fn tell(&self, phase: Phase) {
+        if let Some(queue) = self.stats.first() {
+            queue.tell(&Event::Phase(phase));
+        }
     }
 
     fn delete(&self, deadline: Duration) -> Result<Closed> {
@@ -485,7 +496,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let failed = matches!(&*self.phase(), Phase::Closed(Err(_)));
+        let failed = matches!(&*self.phase(), Closure::Closed(Err(_)));
         if failed && !self.serving.lock().unwrap_or_else(PoisonError::into_inner).is_idle(&self.health) {
             // Closing was tried, and what it waited for in vain has not ended since.
             return;

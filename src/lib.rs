@@ -105,4 +105,4 @@ pub use queue::Handler;
 pub use request::{DetachedRequest, Io, Operation, Request};
 pub use ring::client::{BlockClient, ZeroSpace};
 pub use signals::Signals;
-pub use stats::{Event, QueueStats};
+pub use stats::{Event, Phase, QueueStats};

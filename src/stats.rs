@@ -7,10 +7,53 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use crate::error::Error;
 use crate::request::Io;
 
+/// How far a device has come in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Phase {
+    /// The driver has given it an id: ADD is done, or a recovery has begun.
+    Added,
+    /// Its parameters are set and its character device is open; no queue's thread runs yet.
+    Configured,
+    /// Every tag of every queue was handed to the driver; START, or the end of the recovery, comes next.
+    Fetched,
+    /// START is done, or the recovery has ended: requests are served.
+    Started,
+    /// Its block node is there: [`start`](crate::DeviceBuilder::start) is about to return.
+    Visible,
+    /// It is to be closed, and every queue's thread has given a sign of life; STOP comes next.
+    Stopping,
+    /// STOP is done: dirty pages are written back, and there is no block device any more.
+    Stopped,
+    /// Every thread has ended; DEL comes next.
+    Joined,
+    /// DEL is done, or left to the kernel.
+    Deleted,
+}
+
+impl fmt::Display for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Added => "added",
+            Self::Configured => "configured",
+            Self::Fetched => "fetched",
+            Self::Started => "started",
+            Self::Visible => "visible",
+            Self::Stopping => "stopping",
+            Self::Stopped => "stopped",
+            Self::Joined => "joined",
+            Self::Deleted => "deleted",
+        })
+    }
+}
+
 /// Something that happened inside a server and that no return value can tell.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
+    /// The device has come to a phase of its life. Told on the thread that starts or closes it, which goes on when the
+    /// sink returns: what the sink does between two of these is part of the start's or the close's time.
+    Phase(Phase),
     /// A backend or handler panicked. The request it served, if it had taken one, failed with `EIO`.
     Panicked {
         /// The queue whose request it was.
@@ -40,6 +83,7 @@ pub enum Event {
 impl fmt::Display for Event {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Phase(phase) => write!(f, "the device is {phase}"),
             Self::Panicked { queue, message } => write!(f, "queue {queue}: the backend panicked: {message}"),
             Self::RequestDropped { io } => write!(
                 f,

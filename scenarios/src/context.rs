@@ -8,6 +8,7 @@ use std::time::Duration;
 use ublkit_harness::event::{Event, StepFinished, StepStarted};
 use ublkit_harness::{EventSink, Evidence, Seed, Watchdog};
 
+use crate::gates::{Gate, KernelVersion};
 use crate::runs::RunRecord;
 use crate::scenario::{Broken, Failure};
 
@@ -125,6 +126,20 @@ impl Context {
     /// A remark for the reader.
     pub fn note(&self, text: impl Into<String>) {
         self.sink.send(Event::note(text));
+    }
+
+    /// Whether `what` has to be left out because of a bug of this kernel's; if so, that is said and counted.
+    #[must_use]
+    pub fn gated(&self, gate: &Gate, what: &str) -> bool {
+        let shut = gate.is_shut(KernelVersion::here());
+        if shut {
+            self.note(format!(
+                "left out on this kernel: {what}: {}: {} (fixed: {})",
+                gate.name, gate.bug, gate.fixed
+            ));
+            self.evidence.add(&format!("gated_{}", gate.name.replace('-', "_")), 1);
+        }
+        shut
     }
 
     /// Says what the step that is under way saw, for its closing event. Said twice, the last one counts.

@@ -52,6 +52,17 @@ pub struct Needs {
     pub tools: &'static [&'static str],
 }
 
+/// A bug that a scenario has to catch: it is run with these arguments, and must not pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Plant {
+    /// What it is called, in tables and, where the scenario plants it by itself, after `--plant`.
+    pub name: &'static str,
+    /// What real bug it stands for.
+    pub about: &'static str,
+    /// What the scenario is told, beside its [short](Entry::short) arguments.
+    pub arguments: &'static [&'static str],
+}
+
 /// A scenario in the registry.
 #[derive(Debug)]
 pub struct Entry {
@@ -59,6 +70,11 @@ pub struct Entry {
     pub name: &'static str,
     /// What it does, in one line.
     pub about: &'static str,
+    /// Arguments for a run that is short and says something all the same: some 20 s on an emulated machine of two
+    /// processors. A list for each such run; none for what is no scenario of a real device.
+    pub short: &'static [&'static [&'static str]],
+    /// Bugs that it has to catch.
+    pub plants: &'static [Plant],
     /// Adds its arguments to a command.
     pub(crate) augment: fn(clap::Command) -> clap::Command,
     /// Reads them.
@@ -69,7 +85,21 @@ impl Entry {
     /// The entry for the scenario whose arguments are `S`.
     #[must_use]
     pub const fn new<S: Scenario + clap::Args + 'static>(name: &'static str, about: &'static str) -> Self {
-        Self { name, about, augment: S::augment_args, parse: parse::<S> }
+        Self { name, about, short: &[], plants: &[], augment: S::augment_args, parse: parse::<S> }
+    }
+
+    /// With arguments for short runs, one list for each.
+    #[must_use]
+    pub const fn short(mut self, short: &'static [&'static [&'static str]]) -> Self {
+        self.short = short;
+        self
+    }
+
+    /// With bugs that it has to catch.
+    #[must_use]
+    pub const fn plants(mut self, plants: &'static [Plant]) -> Self {
+        self.plants = plants;
+        self
     }
 }
 

@@ -21,7 +21,7 @@ pub(crate) use self::failed::{BUNDLE, listed};
 use self::trials::{Limits, Trials};
 use crate::cli::CommonArgs;
 use crate::context::Context;
-use crate::scenario::{Entry, Failure, Needs, Scenario};
+use crate::scenario::{Entry, Failure, Needs, Plant, Scenario};
 use crate::target::parse_planted;
 use crate::torture;
 
@@ -37,8 +37,36 @@ const AFTERMATH: Duration = Duration::from_secs(300);
 const TAKEN: [&str; 7] = ["sim", "threads", "mutant", "seed", "duration", "ops", "report"];
 
 /// `torture`, on a device or on the simulator.
-pub(crate) const TORTURE: Entry =
-    Entry { name: "torture", about: "seeded random I/O of any size and place, every byte verified", augment, parse };
+pub(crate) const TORTURE: Entry = Entry {
+    name: "torture",
+    about: "seeded random I/O of any size and place, every byte verified",
+    short: &[
+        &["--duration", "8s", "--size", "64M"],
+        &["--duration", "8s", "--size", "64M", "--backend", "medium", "--cut-every", "1s", "--faults", "draw"],
+    ],
+    plants: PLANTS,
+    augment,
+    parse,
+};
+
+/// What no other scenario looks for: content, byte by byte.
+const PLANTS: &[Plant] = &[
+    Plant {
+        name: "misdirected-write",
+        about: "a write lands on the wrong blocks",
+        arguments: &["--mutant", "misdirected-write:50"],
+    },
+    Plant {
+        name: "bitflip-read",
+        about: "a read returns one flipped bit, once",
+        arguments: &["--mutant", "bitflip-read:50"],
+    },
+    Plant {
+        name: "stale-cache",
+        about: "a read cache keeps a block that was written since",
+        arguments: &["--mutant", "stale-cache"],
+    },
+];
 
 /// The arguments of `torture --sim`, and so the scenario.
 #[derive(Clone, Debug, clap::Args)]

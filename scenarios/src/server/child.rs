@@ -3,7 +3,7 @@
 use std::io::{self, BufRead, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use ublkit::{Closed, DataMode, Deletion, Device, DeviceBuilder, Geometry, Serve};
+use ublkit::{Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
 use ublkit_harness::Seed;
 
 use super::freezer::Freezer;
@@ -58,8 +58,10 @@ fn builder<S: Serve>(builder: DeviceBuilder<S>, args: &TargetArgs, geometry: Geo
             Mode::UserCopy => DataMode::UserCopy,
         })
         .on_event(|event| {
-            // The reader is gone only when the devices are about to be closed.
-            let _ = say(&Reply::Note(event.to_string()), &[]);
+            if !matches!(event, Event::Phase(_)) {
+                // The reader is gone only when the devices are about to be closed.
+                let _ = say(&Reply::Note(event.to_string()), &[]);
+            }
         })
 }
 

@@ -17,6 +17,7 @@ cases!("start":
     a_handler_that_cannot_be_opened,
     a_handler_that_panics_when_opened,
     a_handler_that_hangs_when_opened_is_bounded,
+    every_phase_is_told_in_its_order,
     an_id_that_is_taken,
     an_id_of_ones_own,
     every_data_mode_is_granted_as_asked,
@@ -85,6 +86,27 @@ fn a_handler_that_hangs_when_opened_is_bounded() {
     });
     assert_eq!(error.kind(), ErrorKind::TimedOut, "{error}");
     client::eventually("the device is gone", || ids() == before);
+}
+
+fn every_phase_is_told_in_its_order() {
+    use ublkit::{Event, Phase};
+    let told = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let device = builder(&Disk::new(Geometry::bytes(MIB)))
+        .on_event({
+            let told = Arc::clone(&told);
+            move |event| {
+                if let Event::Phase(phase) = event {
+                    told.lock().expect("lock").push(*phase);
+                }
+            }
+        })
+        .start()
+        .expect("start");
+    let begun = [Phase::Added, Phase::Configured, Phase::Fetched, Phase::Started, Phase::Visible];
+    assert_eq!(*told.lock().expect("lock"), begun);
+    device.close().expect("close");
+    let ended = [Phase::Stopping, Phase::Stopped, Phase::Joined, Phase::Deleted];
+    assert_eq!(told.lock().expect("lock")[begun.len()..], ended);
 }
 
 fn an_id_that_is_taken() {

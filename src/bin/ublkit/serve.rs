@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use ublkit::backends::{File, Memory, Null};
-use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Geometry, Signals};
+use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Event, Geometry, Signals};
 
 use crate::args::{ServeBackend, ServeFile, ServeSized, Shape};
 use crate::failure::Failure;
@@ -72,7 +72,12 @@ fn start<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<Starte
         .queues(shape.queues)
         .depth(shape.depth)
         .data_mode(if shape.user_copy { DataMode::UserCopy } else { DataMode::Copy })
-        .on_event(|event| output::complain(event));
+        .on_event(|event| {
+            // Its own lines say how far it has come.
+            if !matches!(event, Event::Phase(_)) {
+                output::complain(event);
+            }
+        });
     if let Some(id) = shape.id {
         builder = builder.id(id);
     }

@@ -1,0 +1,97 @@
+//! Bugs of kernels that would end a run, and what is left out because of them: by name, never by silence.
+//!
+//! A scenario asks [`Context::gated`](crate::Context::gated) before it does what is known to wedge this kernel. What is left out is
+//! said in the events and counted, so that a table of many kernels can show it.
+
+use std::fmt;
+
+/// A kernel's version: 7.2.12 is (7, 2, 12).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KernelVersion(pub u32, pub u32, pub u32);
+
+impl KernelVersion {
+    /// The version in a release such as `6.12.117+deb12-amd64` or `7.3-rc7-amd64`; numbers that are missing are 0.
+    #[must_use]
+    pub fn of_release(release: &str) -> Self {
+        let numeric = release.split(|c: char| !c.is_ascii_digit() && c != '.').next().unwrap_or_default();
+        let mut numbers = numeric.split('.').map(|number| number.parse().unwrap_or(0));
+        let mut next = || numbers.next().unwrap_or(0);
+        Self(next(), next(), next())
+    }
+
+    /// Of the kernel that this runs on.
+    #[must_use]
+    pub fn here() -> Self {
+        nix::sys::utsname::uname().map_or(Self(0, 0, 0), |uname| Self::of_release(&uname.release().to_string_lossy()))
+    }
+}
+
+impl fmt::Display for KernelVersion {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}.{}", self.0, self.1, self.2)
+    }
+}
+
+/// A bug of some kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Gate {
+    /// Its short name.
+    pub name: &'static str,
+    /// What goes wrong in the kernel.
+    pub bug: &'static str,
+    /// Where it is put right, as far as is known.
+    pub fixed: &'static str,
+    /// The kernels that have it: from the first to before the second.
+    pub kernels: &'static [(KernelVersion, KernelVersion)],
+}
+
+impl Gate {
+    /// Whether `kernel` has the bug.
+    #[must_use]
+    pub fn is_shut(&self, kernel: KernelVersion) -> bool {
+        self.kernels.iter().any(|(first, fixed)| (*first..*fixed).contains(&kernel))
+    }
+}
+
+/// Debian's 6.18.15 dies in DEL of a device whose queues ended before START.
+pub const ABANDONED_START: Gate = Gate {
+    name: "abandoned-start",
+    bug: "DEL of a device whose queues ended before START: use after free in __io_uring_cmd_done below ublk_stop_dev",
+    fixed: "7.2.12 or earlier; 6.12.117 does not have it",
+    kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
+};
+
+/// Every gate there is.
+pub const GATES: &[&Gate] = &[&ABANDONED_START];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn releases_are_read() {
+        for (release, version) in [
+            ("6.12.117+deb12-amd64", KernelVersion(6, 12, 117)),
+            ("7.3-rc7-amd64", KernelVersion(7, 3, 0)),
+            ("7.3~rc7", KernelVersion(7, 3, 0)),
+            ("", KernelVersion(0, 0, 0)),
+        ] {
+            assert_eq!(KernelVersion::of_release(release), version, "{release}");
+        }
+    }
+
+    #[test]
+    fn a_gate_is_shut_where_the_bug_is() {
+        assert!(ABANDONED_START.is_shut(KernelVersion(6, 18, 15)));
+        assert!(!ABANDONED_START.is_shut(KernelVersion(6, 12, 117)));
+        assert!(!ABANDONED_START.is_shut(KernelVersion(7, 2, 12)));
+    }
+
+    #[test]
+    fn names_are_unique_and_reasons_given() {
+        for (index, gate) in GATES.iter().enumerate() {
+            assert!(!gate.bug.is_empty() && !gate.fixed.is_empty() && !gate.kernels.is_empty(), "{}", gate.name);
+            assert!(GATES[..index].iter().all(|other| other.name != gate.name), "{}", gate.name);
+        }
+    }
+}

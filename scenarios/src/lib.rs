@@ -21,6 +21,7 @@ mod inventory;
 pub mod mutants;
 mod page;
 pub mod probe;
+mod reclaim;
 pub mod replay;
 pub mod runner;
 mod runs;

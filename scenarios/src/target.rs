@@ -94,6 +94,10 @@ pub struct TargetArgs {
     /// Promise nothing of what was discarded; otherwise it reads as zeroes
     #[arg(long)]
     pub discard_promises_nothing: bool,
+    /// Serve it read-only, filled beforehand: what would change it has to be refused
+    #[arg(long)]
+    #[serde(default)]
+    pub read_only: bool,
     /// Plant a bug, such as lost-write or bitflip-read; NAME:N for one in N requests
     #[arg(long, value_name = "NAME[:N]", value_parser = parse_planted)]
     pub mutant: Option<Planted>,
@@ -154,6 +158,7 @@ impl TargetArgs {
             ("max_io", json!(self.max_io)),
             ("capabilities", json!(list)),
             ("discard_promises_nothing", json!(self.discard_promises_nothing)),
+            ("read_only", json!(self.read_only)),
             ("mutant", json!(self.mutant.map(|planted| planted.to_string()))),
         ]
         .into_iter()
@@ -177,7 +182,7 @@ impl TargetArgs {
         if self.capabilities.has(Capability::Zeroes) {
             geometry = geometry.write_zeroes();
         }
-        geometry
+        if self.read_only { geometry.read_only() } else { geometry }
     }
 
     /// Starts a server process, and has it make the storage and serve it. The bug that is to be planted goes on top.
@@ -334,6 +339,14 @@ impl Target {
     #[must_use]
     pub fn storage(&self) -> &Storage {
         &self.storage
+    }
+
+    /// Looks whether the threads that serve it are marked as part of the I/O path. Returns how many they are.
+    ///
+    /// # Errors
+    /// [`Failure::DeviceBroke`] if one is not.
+    pub fn check_reclaim(&self) -> Result<usize, Failure> {
+        crate::reclaim::check(self.storage.server.pid(), self.served.id, usize::from(self.served.queues))
     }
 
     /// The geometry it was declared with.

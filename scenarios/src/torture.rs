@@ -16,6 +16,7 @@ mod faults;
 mod flights;
 pub mod mutants;
 pub(crate) mod outage;
+mod refusals;
 mod shared;
 mod sharing;
 mod tally;
@@ -42,7 +43,7 @@ use self::sharing::{Books, Layout, Sharing};
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Scenario};
-use crate::target::{BackendKind, TargetArgs};
+use crate::target::{BackendKind, Storage, TargetArgs};
 use crate::units::{parse_bytes, parse_duration};
 
 /// How long a run goes on when nobody says.
@@ -173,20 +174,64 @@ impl Scenario for Args {
                 "--cut-every needs a disk that can lose its cache: add --backend medium".to_owned(),
             ));
         }
+        if self.target.read_only && (self.prefill || self.mix().total() == 0) {
+            return Err(Failure::Usage(
+                "--read-only: the device is filled beforehand, and takes reads and flushes alone: leave --prefill out, \
+                 and have reads in the --mix"
+                    .to_owned(),
+            ));
+        }
         Ok(())
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
-        let subject = context.step("start", Duration::from_secs(60), |context| self.start(context))?;
+        let filled = self.target.read_only.then(|| self.fill(context)).transpose()?;
+        let subject = context.step("start", Duration::from_secs(60), |context| {
+            self.start(context, filled.as_ref().map(|filled| &filled.storage))
+        })?;
         // Whatever comes of it, the device is closed; the first failure is the one that counts.
-        let tortured = self.torture(context, &subject);
+        let tortured = self.torture(context, &subject, filled);
         let closed = context.always("close", Duration::from_secs(120), |context| subject.close(context));
         tortured.and(closed)
     }
 }
 
+/// A storage with content, and who knows it.
+struct Filled {
+    storage: Storage,
+    layout: Layout,
+    books: Books,
+}
+
 impl Args {
-    fn start(&self, context: &Context) -> Result<Subject, Failure> {
+    /// Fills a storage by way of a device that may be written, as the one under test may not.
+    fn fill(&self, context: &mut Context) -> Result<Filled, Failure> {
+        context.step("fill", VERIFY_DEADLINE, |context| {
+            let target = TargetArgs { read_only: false, mutant: None, ..self.target.clone() }.start(context)?;
+            let storage = target.storage().clone();
+            let subject = Subject::Ours(target);
+            let filled = self.fill_device(context, &subject);
+            let closed = subject.close(context);
+            let (layout, books) = filled.and_then(|filled| closed.map(|()| filled))?;
+            Ok(Filled { storage, layout, books })
+        })
+    }
+
+    fn fill_device(&self, context: &Context, subject: &Subject) -> Result<(Layout, Books), Failure> {
+        let opened = subject.open()?;
+        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        let plan = self.plan(context, &opened, &layout)?;
+        let books = layout.books(&opened, context.seed(), !self.outages().is_empty());
+        let until = None;
+        let orders = Orders { ops: Some(0), until, passes: false, prefill: true, ..self.orders(context, &opened) };
+        let shared = Shared::new(orders, plan.options().workers, None, Arc::clone(context.watchdog()));
+        let (opened, plan, layout_, books_) = (&opened, &plan, &layout, &books);
+        let crew = Crew { subject, opened, plan, layout: layout_, books: books_, outages: Vec::new() };
+        crew.work(context, &Arc::new(shared))?;
+        Ok((layout, books))
+    }
+
+    fn start(&self, context: &Context, storage: Option<&Storage>) -> Result<Subject, Failure> {
         if let Some(path) = &self.device {
             return Subject::somebody_elses(path);
         }
@@ -194,17 +239,34 @@ impl Args {
         if !target.faults.is_empty() {
             context.note(format!("faults: {}", target.faults.to_string().replace('\n', "; ")));
         }
-        target.start(context).map(Subject::Ours)
+        match storage {
+            Some(storage) => target.serve(context, storage),
+            None => target.start(context),
+        }
+        .map(Subject::Ours)
     }
 
-    fn torture(&self, context: &mut Context, subject: &Subject) -> Result<(), Failure> {
+    fn torture(&self, context: &mut Context, subject: &Subject, filled: Option<Filled>) -> Result<(), Failure> {
         let (_ours_alone, opened) =
             context.step("open", Duration::from_secs(30), |_| Ok((subject.keep_to_ourselves()?, subject.open()?)))?;
-        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        if let Subject::Ours(target) = subject {
+            context.step("threads are marked", Duration::from_secs(30), |context| {
+                let threads = target.check_reclaim()?;
+                context.detail(format!("{threads} threads that serve it"));
+                Ok(())
+            })?;
+        }
+        self.expect_refusals(context, subject)?;
+        let outages = self.outages();
+        let (layout, books) = if let Some(Filled { layout, books, .. }) = filled {
+            (layout, books)
+        } else {
+            let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+            let books = layout.books(&opened, context.seed(), !outages.is_empty());
+            (layout, books)
+        };
         let plan = self.plan(context, &opened, &layout)?;
         self.require(context, &plan, &opened, &layout);
-        let outages = self.outages();
-        let books = layout.books(&opened, context.seed(), !outages.is_empty());
         let drawn = context.step("torture", Self::deadline(context), |context| {
             let orders = self.orders(context, &opened);
             let workers = plan.options().workers;
@@ -231,6 +293,8 @@ impl Args {
             context.detail(format!("{bytes} bytes"));
             Ok(())
         })?;
+        // Once more, now that it was under load.
+        self.expect_refusals(context, subject)?;
         if let Subject::Ours(target) = subject {
             context.always("verify against the storage", VERIFY_DEADLINE, |context| {
                 let bytes = verify::all(books.iter(), |buf, offset| target.storage().read_at(buf, offset))?;
@@ -241,6 +305,19 @@ impl Args {
             context.evidence().add("served_requests", target.served_requests()?);
         }
         if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) }
+    }
+
+    /// A device that is read-only takes nothing.
+    fn expect_refusals(&self, context: &mut Context, subject: &Subject) -> Result<(), Failure> {
+        let Subject::Ours(target) = subject else { return Ok(()) };
+        if !self.target.read_only {
+            return Ok(());
+        }
+        context.always("changes are refused", Duration::from_secs(60), |context| {
+            let attempts = refusals::check(context, target)?;
+            context.detail(format!("{attempts} attempts"));
+            Ok(())
+        })
     }
 
     /// After the first wrong byte, looks for others: a write that went astray has two victims, and which one is met first
@@ -262,7 +339,7 @@ impl Args {
         let mut options = PlanOptions::new(opened.bytes, opened.logical_block, opened.max_io_bytes, self.workers);
         layout.apply(&mut options);
         options.depth = u32::from(self.io_depth);
-        options.mix = self.mix;
+        options.mix = self.mix();
         options.size = self.io_size;
         options.capabilities = opened.capabilities;
         Plan::new(options, context.seed().derive("torture", 0)).map_err(|error| Failure::Usage(error.to_string()))
@@ -293,10 +370,17 @@ impl Args {
         evidence.require("overlaps", u64::from(layout.overlaps() && changes && in_flight > 1));
         evidence.require("power_cuts", u64::from(self.cut_every.is_some()));
         evidence.require("restarts", u64::from(self.restart_every.is_some()));
+        evidence.require("refusals", if self.target.read_only { refusals::ATTEMPTS } else { 0 });
         if opened.ours {
             evidence.require("served_requests", 100);
             evidence.require("storage_verified_bytes", 1);
         }
+    }
+
+    /// The mix, without what changes a device that may not be changed.
+    fn mix(&self) -> Mix {
+        let Mix { read, flush, .. } = self.mix;
+        if self.target.read_only { Mix { read, flush, ..Mix::NOTHING } } else { self.mix }
     }
 
     fn orders(&self, context: &Context, opened: &Opened) -> Orders {

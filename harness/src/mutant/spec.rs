@@ -50,7 +50,6 @@ pub struct Spec {
 
 const TYPES: OnDevice = OnDevice::No("a request is a token that the library completes, once, with its own buffer");
 const COPIES: OnDevice = OnDevice::No("the library moves the data, and has no mode without a copy");
-const TAKEOVER: OnDevice = OnDevice::No("the library does not take a device over from a server that died");
 const CLOSING: OnDevice = OnDevice::No("the library stops a device while its queues still serve");
 const DELETION: OnDevice = OnDevice::No("the library deletes the device when it is closed");
 const YES: OnDevice = OnDevice::Yes;
@@ -179,11 +178,11 @@ NoVolatileCache "46" "no-volatile-cache" Lifecycle 1 [Resources Flush Durable Li
     "the device does not say that it has a volatile cache, and is never flushed (ublksrv 27e9327, #118)";
 StopWithInflight "47" "stop-with-inflight" Lifecycle 1 [Watchdog] CLOSING
     "a server that is stopped drops what it has in hand";
-RecoveryStaleState "48" "recovery-stale-state" Lifecycle 1 [Linear Durable Zero] TAKEOVER
+RecoveryStaleState "48" "recovery-stale-state" Lifecycle 1 [Linear Durable Zero] YES
     "the next server serves an old or an empty backend (as SPDK's ublk_recovery.sh has it)";
-ReissueOldOverNew "50" "reissue-old-over-new" Lifecycle 1 [Linear Durable] TAKEOVER
+ReissueOldOverNew "50" "reissue-old-over-new" Lifecycle 1 [Linear Durable] YES
     "recovery does an acknowledged write once more, over a newer one (UBLK_F_USER_RECOVERY_REISSUE, ublk.rst)";
-NoIoFlusher "54" "no-io-flusher" Lifecycle 50 [Watchdog] YES
+NoIoFlusher "54" "no-io-flusher" Lifecycle 50 [Watchdog Resources] YES
     "the server is no part of writeback and allocates: reclaim waits for itself (libublk-rs 70cc964)";
 MinorLeak "55" "minor-leak" Lifecycle 1 [Resources] DELETION
     "a device's id is not given back (longhorn #10738)";

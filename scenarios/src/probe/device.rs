@@ -36,6 +36,11 @@ pub(super) fn check(context: &mut Context, target: &Target) -> Result<(), Failur
     let s = Duration::from_secs;
     context.step("node", s(10), |context| node(context, target))?;
     context.step("size", s(10), |context| size(context, target))?;
+    context.step("threads-marked", s(10), |context| {
+        let threads = target.check_reclaim()?;
+        context.detail(format!("{threads} threads are part of the I/O path"));
+        Ok(())
+    })?;
     context.step("queue-limits", s(10), |context| queue_limits(context, target))?;
     let mut checker = Checker::new(context, target, 0)?;
     context.step("zero-read", s(120), |context| checker.zero_read(context))?;

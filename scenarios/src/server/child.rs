@@ -47,9 +47,15 @@ pub(crate) fn main() -> u8 {
 }
 
 /// A device with what is asked for on the command line.
-fn builder<S: Serve>(builder: DeviceBuilder<S>, args: &TargetArgs, geometry: Geometry) -> DeviceBuilder<S> {
+fn builder<S: Serve>(
+    builder: DeviceBuilder<S>,
+    args: &TargetArgs,
+    geometry: Geometry,
+    io_flusher: bool,
+) -> DeviceBuilder<S> {
     builder
         .geometry(geometry)
+        .io_flusher(io_flusher)
         .queues(args.queues)
         .depth(args.depth)
         .max_io_bytes(args.max_io)
@@ -147,11 +153,13 @@ impl Server {
         }
         let stack = Stack::new(below, args, seed)?;
         let geometry = stack.declared(args.geometry());
+        let flusher = stack.io_flusher();
         let device = match stack.handlers() {
-            None => builder(Device::builder(stack.backend()).workers(args.workers_backend), args, geometry).start(),
+            None => builder(Device::builder(stack.backend()).workers(args.workers_backend), args, geometry, flusher)
+                .start(),
             Some(open) => {
                 let handlers = Device::builder_with_handlers(geometry, move |queue| Ok(open(queue.queue)));
-                builder(handlers, args, geometry).start()
+                builder(handlers, args, geometry, flusher).start()
             }
         }?;
         let info = *device.info();

@@ -104,6 +104,11 @@ impl Server {
         }))
     }
 
+    /// Its process id.
+    pub(crate) const fn pid(&self) -> u32 {
+        self.pid
+    }
+
     /// Serves a device, on new storage or on `storage`.
     pub(crate) fn serve(
         &self,

@@ -13,7 +13,7 @@ use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backe
 use ublkit_harness::observe::{Counters, Counts};
 use ublkit_harness::sim::medium::Medium;
 use ublkit_harness::sim::server::PlainServer;
-use ublkit_harness::{Observed, Pattern, Seed, SeededRng};
+use ublkit_harness::{Mutant, Observed, Pattern, Seed, SeededRng};
 
 use super::bridge::{Bridge, Forward, Shape};
 use super::freezer::Freezer;
@@ -122,6 +122,15 @@ impl Stack {
     /// What the device declares.
     pub(super) fn declared(&self, geometry: Geometry) -> Geometry {
         self.below.planted.map_or(geometry, |planted| declared_geometry(planted, geometry))
+    }
+
+    /// Whether the server's threads are to be marked as part of the I/O path.
+    pub(super) fn io_flusher(&self) -> bool {
+        let forgets = self.below.planted.is_some_and(|planted| planted.mutant == Mutant::NoIoFlusher);
+        if forgets {
+            self.plot.hits.hit();
+        }
+        !forgets
     }
 
     /// What the device is served with.

@@ -67,6 +67,9 @@ pub fn arguments(planted: Planted) -> Vec<String> {
         options.push(("--stall", "8s".to_owned()));
     }
     let mut arguments: Vec<_> = options.into_iter().flat_map(|(name, value)| [name.to_owned(), value]).collect();
+    if setup.read_only {
+        arguments.push("--read-only".to_owned());
+    }
     if !setup.discard_zeroes {
         arguments.push("--discard-promises-nothing".to_owned());
     }

@@ -19,6 +19,9 @@ cases!("torture":
     another_server_takes_over in 60 s,
     swapped_tags_are_found in 60 s,
     a_dropped_completion_is_a_hang in 60 s,
+    threads_that_are_no_part_of_the_io_path_are_found in 60 s,
+    a_read_only_device_takes_nothing in 60 s,
+    a_read_only_device_that_may_be_written_is_found in 60 s,
 );
 
 /// Small, so that places are met again and again.
@@ -88,4 +91,20 @@ fn swapped_tags_are_found() {
 
 fn a_dropped_completion_is_a_hang() {
     verdict(&format!("torture {SMALL} --seed 12 --duration 30s --stall 5s --mutant cqe-dropped"), 3);
+}
+
+fn a_read_only_device_takes_nothing() {
+    let verdict = passes("--seed 21 --duration 3s --read-only");
+    assert!(count(&verdict, "refusals") >= 18 && count(&verdict, "reads") > 100, "{verdict}");
+    assert_eq!(count(&verdict, "discards"), 0, "{verdict}");
+}
+
+fn a_read_only_device_that_may_be_written_is_found() {
+    let verdict =
+        verdict(&format!("torture {SMALL} --seed 22 --duration 20s --read-only --mutant ro-not-enforced"), 2);
+    assert_eq!(verdict["verdict"], "fail", "{verdict}");
+}
+
+fn threads_that_are_no_part_of_the_io_path_are_found() {
+    finds("--seed 23 --duration 20s --queues 2 --mutant no-io-flusher");
 }

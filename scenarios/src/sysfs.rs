@@ -27,6 +27,16 @@ impl BlockDir {
             .map_err(|error| Failure::io(format_args!("read {}", path.display()), &error))
     }
 
+    /// Sets an attribute, such as `queue/nomerges`.
+    ///
+    /// # Errors
+    /// [`Failure::Environment`] if the kernel does not take it.
+    pub fn set(&self, attribute: &str, value: &str) -> Result<(), Failure> {
+        let path = self.0.join(attribute);
+        fs::write(&path, value)
+            .map_err(|error| Failure::Environment(format!("failed to set {} to {value}: {error}", path.display())))
+    }
+
     /// The number in an attribute.
     ///
     /// # Errors

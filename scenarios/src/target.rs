@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use nix::libc;
@@ -104,6 +105,29 @@ pub struct TargetArgs {
     /// Faults between the device and its storage, once they are switched on
     #[arg(skip)]
     pub faults: FaultPlan,
+    /// How long the server waits for this and that
+    #[arg(skip)]
+    #[serde(default)]
+    pub patience: Patience,
+    /// Whether the server tells the kernel `EIO`, whatever its storage said: a bug to be found
+    #[arg(skip)]
+    #[serde(default)]
+    pub errnos_are_lost: bool,
+}
+
+/// How long a server waits for this and that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Patience {
+    /// How long a request is held if nobody releases it.
+    pub held: Duration,
+    /// How long closing may wait for requests that do not end.
+    pub stop: Duration,
+}
+
+impl Default for Patience {
+    fn default() -> Self {
+        Self { held: Duration::from_millis(500), stop: Duration::from_secs(30) }
+    }
 }
 
 /// A set of [`Capability`].
@@ -383,6 +407,16 @@ impl Target {
         self.storage.server.faults(&self.served, on)
     }
 
+    /// Gives the device other faults. They are off.
+    pub(crate) fn replan(&self, plan: &FaultPlan, seed: ublkit_harness::Seed) -> Result<(), Failure> {
+        self.storage.server.replan(&self.served, plan, seed)
+    }
+
+    /// How many requests are held.
+    pub(crate) fn held(&self) -> Result<u64, Failure> {
+        self.storage.server.held(&self.served)
+    }
+
     /// What happened at the storage since this was last asked.
     pub(crate) fn testimony(&self) -> Result<Testimony, Failure> {
         self.storage.server.testimony(&self.served)
@@ -394,6 +428,11 @@ impl Target {
     /// The server is gone.
     pub fn counts(&self) -> Result<Counts, Failure> {
         Ok(self.storage.server.status(&self.served)?.counts)
+    }
+
+    /// How often the planted bug was hit until now.
+    pub(crate) fn mutant_hits(&self) -> Result<u64, Failure> {
+        Ok(self.storage.server.status(&self.served)?.hits.unwrap_or(0))
     }
 
     /// How many requests came through the queues until now.
@@ -430,14 +469,32 @@ impl Target {
             .map_err(|error| Failure::io(format_args!("open {}", path.display()), &error))
     }
 
+    /// Begins to close the device with its faults as they are: requests that are held stay so. Whatever comes of it, what
+    /// is left is [closed](Self::close) afterwards.
+    ///
+    /// # Errors
+    /// That it did not end in time, which it cannot while a request is held.
+    pub(crate) fn begin_to_close(&self) -> Result<(), Failure> {
+        self.storage.server.close(&self.served, true).map(drop)
+    }
+
     /// Closes the device and gives its id back. What the backend was asked for is added to the evidence.
     ///
     /// # Errors
     /// That it did not end in time, that somebody still holds it, that the server kept something of it, or the first
     /// error that its queues could not serve past.
     pub fn close(self, context: &Context) -> Result<(), Failure> {
+        self.close_as(context, false)
+    }
+
+    /// As [`close`](Self::close), with the faults as they are.
+    pub(crate) fn close_with_faults(self, context: &Context) -> Result<(), Failure> {
+        self.close_as(context, true)
+    }
+
+    fn close_as(self, context: &Context, faults_stay: bool) -> Result<(), Failure> {
         let id = self.served.id;
-        let closing = self.storage.server.close(&self.served)?;
+        let closing = self.storage.server.close(&self.served, faults_stay)?;
         context.record.gone(id);
         let Status { counts, hits, error, .. } = closing.last;
         let mut evidence = Evidence::new();

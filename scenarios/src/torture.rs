@@ -8,19 +8,19 @@
 //! compared twice more: through a second opening of the device, and, for a device served here, in the bytes of its
 //! storage.
 
-mod accounts;
+pub(crate) mod accounts;
 mod book;
-mod crew;
-mod device;
+pub(crate) mod crew;
+pub(crate) mod device;
 mod faults;
 mod flights;
 pub mod mutants;
 pub(crate) mod outage;
 mod refusals;
-mod shared;
-mod sharing;
+pub(crate) mod shared;
+pub(crate) mod sharing;
 mod tally;
-mod verify;
+pub(crate) mod verify;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -114,7 +114,7 @@ fn milliseconds(time: Option<Duration>) -> Value {
     json!(time.map(|time| time.as_millis() as u64))
 }
 
-fn read_device(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
+pub(crate) fn read_device(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
     file.read_exact_at(buf, offset).map_err(|error| Failure::io(format_args!("read the device at {offset}"), &error))
 }
 

@@ -18,7 +18,8 @@ const fn allow(call: OpKind, errno: Option<Errno>, why: &'static str) -> Allowan
     Allowance { call, errno, why }
 }
 
-const TWICE: &str = "io_uring submits once more what failed with EAGAIN";
+const AGAIN: &str =
+    "io_uring submits again what failed with EAGAIN or, on newer kernels, EOPNOTSUPP, until it does not";
 
 /// What Linux drops between the driver and an application.
 pub const KERNEL: &[Allowance] = &[
@@ -29,9 +30,12 @@ pub const KERNEL: &[Allowance] = &[
     ),
     allow(OpKind::Discard, Some(Errno::EOPNOTSUPP), "a discard is a hint: blkdev_issue_discard() reports success"),
     allow(OpKind::WriteZeroes, None, "blkdev_issue_zeroout() writes zeroes instead; before 6.11 whatever the error"),
-    allow(OpKind::Read, Some(Errno::EAGAIN), TWICE),
-    allow(OpKind::Write, Some(Errno::EAGAIN), TWICE),
-    allow(OpKind::WriteFua, Some(Errno::EAGAIN), TWICE),
+    allow(OpKind::Read, Some(Errno::EAGAIN), AGAIN),
+    allow(OpKind::Write, Some(Errno::EAGAIN), AGAIN),
+    allow(OpKind::WriteFua, Some(Errno::EAGAIN), AGAIN),
+    allow(OpKind::Read, Some(Errno::EOPNOTSUPP), AGAIN),
+    allow(OpKind::Write, Some(Errno::EOPNOTSUPP), AGAIN),
+    allow(OpKind::WriteFua, Some(Errno::EOPNOTSUPP), AGAIN),
 ];
 
 impl Allowance {

@@ -2,6 +2,7 @@
 
 use std::io::{self, BufRead, Write};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use ublkit::{Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
 use ublkit_harness::Seed;
@@ -12,6 +13,9 @@ use super::stack::{Stack, Storage};
 use crate::inventory::Inventory;
 use crate::scenario::Failure;
 use crate::target::{Made, Mode, TargetArgs};
+
+/// How long udev, which looks at a disk once more when somebody who could write has closed it, may take to let go.
+const DELETE: Duration = Duration::from_secs(20);
 
 /// A device that is served, and what is known of it.
 struct Serving {
@@ -56,6 +60,8 @@ fn builder<S: Serve>(
     builder
         .geometry(geometry)
         .io_flusher(io_flusher)
+        .stop_deadline(args.patience.stop)
+        .delete_deadline(DELETE)
         .queues(args.queues)
         .depth(args.depth)
         .max_io_bytes(args.max_io)
@@ -122,9 +128,14 @@ impl Server {
                 self.device(device)?.stack.faults(on);
                 Reply::Switched
             }
+            Call::Replan { device, plan, seed } => {
+                self.device(device)?.stack.replan(plan, seed);
+                Reply::Switched
+            }
+            Call::Held { device } => Reply::Held(self.device(device)?.stack.held()),
             Call::Testify { device } => Reply::Testimony(self.device(device)?.stack.testimony()),
             Call::Status { device } => Reply::Status(self.device(device)?.status()),
-            Call::Close { device } => Reply::Closed(self.close(device)?),
+            Call::Close { device, faults_stay } => Reply::Closed(self.close(device, faults_stay)?),
         };
         Ok((reply, Vec::new()))
     }
@@ -174,10 +185,10 @@ impl Server {
         })
     }
 
-    fn close(&mut self, index: usize) -> Result<Closing, Failure> {
+    fn close(&mut self, index: usize, faults_stay: bool) -> Result<Closing, Failure> {
         let serving = self.device(index)?;
         let error = serving.status().error;
-        serving.stack.stopping();
+        serving.stack.stopping(faults_stay);
         let closed = serving.device.close()?;
         let last = Status { error, ..serving.status() };
         self.devices[index] = None;

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use ublkit::Controller;
+use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::{Event, EventSink};
 
 use super::ARGUMENT;
@@ -171,6 +172,27 @@ impl Server {
         }
     }
 
+    /// Gives a device other faults. They are off.
+    pub(crate) fn replan(
+        &self,
+        served: &Served,
+        plan: &FaultPlan,
+        seed: ublkit_harness::Seed,
+    ) -> Result<(), Failure> {
+        match self.call(&Call::Replan { device: served.device, plan: plan.clone(), seed })? {
+            Reply::Switched => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// How many requests are held.
+    pub(crate) fn held(&self, served: &Served) -> Result<u64, Failure> {
+        match self.call(&Call::Held { device: served.device })? {
+            Reply::Held(count) => Ok(count),
+            other => Err(unexpected(&other)),
+        }
+    }
+
     /// What happened at a device's storage since the last time.
     pub(crate) fn testimony(&self, served: &Served) -> Result<Testimony, Failure> {
         match self.call(&Call::Testify { device: served.device })? {
@@ -188,8 +210,8 @@ impl Server {
     }
 
     /// Closes a device.
-    pub(crate) fn close(&self, served: &Served) -> Result<Closing, Failure> {
-        match self.call(&Call::Close { device: served.device })? {
+    pub(crate) fn close(&self, served: &Served, faults_stay: bool) -> Result<Closing, Failure> {
+        match self.call(&Call::Close { device: served.device, faults_stay })? {
             Reply::Closed(closing) => {
                 self.note_ids(|ids| ids.retain(|id| *id != served.id));
                 Ok(closing)

@@ -8,6 +8,7 @@
 mod bridge;
 mod child;
 mod client;
+mod flattened;
 mod freezer;
 mod protocol;
 mod socket;

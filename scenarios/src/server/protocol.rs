@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 use ublkit_harness::Seed;
+use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::observe::Counts;
 
 use super::witness::Testimony;
@@ -27,12 +28,16 @@ pub(super) enum Call {
     Revive { device: usize },
     /// Switch the faults of a device on or off.
     Faults { device: usize, on: bool },
+    /// Give a device other faults; they are off.
+    Replan { device: usize, plan: FaultPlan, seed: Seed },
+    /// How many requests are held.
+    Held { device: usize },
     /// What happened at a device's storage since the last time.
     Testify { device: usize },
     /// How a device is doing.
     Status { device: usize },
-    /// Close a device.
-    Close { device: usize },
+    /// Close a device; with its faults as they are, requests that are held included, or without them.
+    Close { device: usize, faults_stay: bool },
 }
 
 /// What the server says.
@@ -47,6 +52,7 @@ pub(super) enum Reply {
     Dead,
     Alive,
     Switched,
+    Held(u64),
     Testimony(Testimony),
     Copied {
         storage: usize,

@@ -6,9 +6,10 @@
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ublkit::{Backend, Geometry};
-use ublkit_harness::fault::{Effect, Errno, Faults, Injection, Stage};
+use ublkit_harness::fault::{Effect, Errno, FaultPlan, Faults, Injection, Stage};
 use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
 use ublkit_harness::observe::{Counters, Counts};
 use ublkit_harness::sim::medium::Medium;
@@ -16,6 +17,7 @@ use ublkit_harness::sim::server::PlainServer;
 use ublkit_harness::{Mutant, Observed, Pattern, Seed, SeededRng};
 
 use super::bridge::{Bridge, Forward, Shape};
+use super::flattened::Flattened;
 use super::freezer::Freezer;
 use super::socket::Socket;
 use super::timed::Timed;
@@ -41,7 +43,8 @@ pub(super) struct Stack {
     socket: Arc<Socket>,
     top: Arc<Observed<Arc<Socket>>>,
     counters: Arc<Counters>,
-    below: Below,
+    below: Mutex<Below>,
+    planted: Option<Planted>,
     plot: Plot,
     bridge: Option<Bridge>,
     /// What survives power cuts is drawn from this.
@@ -57,20 +60,31 @@ struct Below {
     faults: Faults,
     notes: Notes,
     planted: Option<Planted>,
+    held_most: Duration,
+    errnos_are_lost: bool,
 }
 
 impl Below {
     /// What is plugged in.
     fn plug(&self, plot: &Plot) -> Arc<dyn Backend> {
-        let faulty =
-            Timed::new(Arc::new(self.faults.backend(Arc::clone(&self.storage.freezer))), self.faults.clone());
+        let faulty = Arc::new(self.faults.backend(Arc::clone(&self.storage.freezer)));
+        let faulty = Timed::new(faulty, self.faults.clone(), self.held_most);
         // Beside a planted bug speed does not count, and more can be told of what it did.
         let witness = Arc::new(Witness::new(faulty, self.notes.clone(), self.planted.is_some()));
+        if self.errnos_are_lost {
+            return Arc::new(Flattened(witness));
+        }
         match self.planted {
             Some(planted) => plant_backend(planted, witness, plot),
             None => witness,
         }
     }
+}
+
+fn switched_off(plan: FaultPlan, seed: Seed) -> Faults {
+    let faults = Faults::with_clock(plan, seed, Arc::new(nanoseconds));
+    faults.switch(false);
+    faults
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -79,8 +93,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 impl Stack {
     pub(super) fn new(storage: Storage, args: &TargetArgs, seed: Seed) -> Result<Self, Failure> {
-        let faults = Faults::with_clock(args.faults.clone(), seed.derive("faults", 0), Arc::new(nanoseconds));
-        faults.switch(false);
+        let faults = switched_off(args.faults.clone(), seed.derive("faults", 0));
         let admitted = Arc::new(Mutex::new(Vec::new()));
         let mut plot = Plot::new(seed);
         plot.medium.clone_from(&storage.medium);
@@ -98,7 +111,8 @@ impl Stack {
                 lock(&admitted).push(made);
             }
         }));
-        let below = Below { storage, faults, notes: Notes::default(), planted: args.mutant };
+        let (notes, planted, held_most) = (Notes::default(), args.mutant, args.patience.held);
+        let below = Below { storage, faults, notes, planted, held_most, errnos_are_lost: args.errnos_are_lost };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let (top, counters) = Observed::new(Arc::clone(&socket));
         let top = Arc::new(top);
@@ -116,17 +130,18 @@ impl Stack {
             _ => None,
         };
         let power = Mutex::new(seed.derive("power", 0).rng());
-        Ok(Self { socket, top, counters, below, plot, bridge, power, admitted })
+        let below = Mutex::new(below);
+        Ok(Self { socket, top, counters, below, planted, plot, bridge, power, admitted })
     }
 
     /// What the device declares.
     pub(super) fn declared(&self, geometry: Geometry) -> Geometry {
-        self.below.planted.map_or(geometry, |planted| declared_geometry(planted, geometry))
+        self.planted.map_or(geometry, |planted| declared_geometry(planted, geometry))
     }
 
     /// Whether the server's threads are to be marked as part of the I/O path.
     pub(super) fn io_flusher(&self) -> bool {
-        let forgets = self.below.planted.is_some_and(|planted| planted.mutant == Mutant::NoIoFlusher);
+        let forgets = self.planted.is_some_and(|planted| planted.mutant == Mutant::NoIoFlusher);
         if forgets {
             self.plot.hits.hit();
         }
@@ -149,13 +164,14 @@ impl Stack {
             Outage::PowerCut => Open::AfterPowerCut,
             Outage::Restart => Open::AfterKill,
         };
-        self.below.faults.release_all();
+        let below = lock(&self.below);
+        below.faults.release_all();
         let plot = self.plot.again(why, self.plot.medium.clone());
         self.socket.kill(|| {
-            if let (Outage::PowerCut, Some(medium)) = (outage, &self.below.storage.medium) {
+            if let (Outage::PowerCut, Some(medium)) = (outage, &below.storage.medium) {
                 let _what_survived = medium.power_cut(&mut lock(&self.power));
             }
-            self.below.plug(&plot)
+            below.plug(&plot)
         });
         if let Some(bridge) = &self.bridge {
             bridge.restart(why);
@@ -168,21 +184,38 @@ impl Stack {
     }
 
     /// The device is about to be closed in order.
-    pub(super) fn stopping(&self) {
+    pub(super) fn stopping(&self, faults_stay: bool) {
         self.plot.stopping.store(true, Ordering::Relaxed);
-        self.below.faults.switch(false);
+        if !faults_stay {
+            self.faults(false);
+        }
     }
 
     /// Switches the faults on or off.
     pub(super) fn faults(&self, on: bool) {
-        self.below.faults.switch(on);
+        lock(&self.below).faults.switch(on);
+    }
+
+    /// Takes other faults, while no request is under way that anybody counts. They are off.
+    pub(super) fn replan(&self, plan: FaultPlan, seed: Seed) {
+        let mut below = lock(&self.below);
+        below.faults.switch(false);
+        below.faults = switched_off(plan, seed);
+        self.socket.kill(|| below.plug(&self.plot));
+        self.socket.revive();
+    }
+
+    /// How many requests are held.
+    pub(super) fn held(&self) -> u64 {
+        lock(&self.below).faults.held()
     }
 
     /// What happened at the storage since this was last asked.
     pub(super) fn testimony(&self) -> Testimony {
-        let mut injections = self.below.faults.take_injections();
+        let below = lock(&self.below);
+        let mut injections = below.faults.take_injections();
         injections.append(&mut lock(&self.admitted));
-        Testimony { calls: self.below.notes.take(), injections }
+        Testimony { calls: below.notes.take(), injections }
     }
 
     /// What the kernel has asked for.
@@ -192,6 +225,6 @@ impl Stack {
 
     /// How often the planted bug was hit.
     pub(super) fn hits(&self) -> Option<u64> {
-        self.below.planted.map(|_| self.plot.hits.count())
+        self.planted.map(|_| self.plot.hits.count())
     }
 }

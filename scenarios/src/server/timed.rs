@@ -8,18 +8,17 @@ use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 use ublkit_harness::fault::{Faults, Timing};
 use ublkit_harness::{OpKind, SECTOR, SectorRange};
 
-/// How long a request is held if nobody releases it: the queue that it holds up has to go on.
-const HELD_MOST: Duration = Duration::from_millis(500);
-
 /// A backend before which requests wait as a plan says.
 pub(super) struct Timed {
     inner: Arc<dyn Backend>,
     faults: Faults,
+    /// How long a request is held if nobody releases it: the queue that it holds up has to go on.
+    held_most: Duration,
 }
 
 impl Timed {
-    pub(super) const fn new(inner: Arc<dyn Backend>, faults: Faults) -> Self {
-        Self { inner, faults }
+    pub(super) const fn new(inner: Arc<dyn Backend>, faults: Faults, held_most: Duration) -> Self {
+        Self { inner, faults, held_most }
     }
 
     fn wait(&self, kind: OpKind, offset: u64, len: u64) {
@@ -28,7 +27,7 @@ impl Timed {
             Some(Timing::Delay(milliseconds)) => std::thread::sleep(Duration::from_millis(milliseconds)),
             Some(Timing::Hold(hold)) => {
                 // Released or not, it goes on.
-                let _ = self.faults.wait_released(hold, HELD_MOST);
+                let _ = self.faults.wait_released(hold, self.held_most);
             }
             // A backend serves whole requests; such plans are refused.
             Some(Timing::Short { .. }) | None => {}

@@ -18,7 +18,7 @@ use crate::target::Target;
 
 /// The accounts of a run.
 #[derive(Debug)]
-pub(super) struct Accounts {
+pub(crate) struct Accounts {
     books: Mutex<Books>,
     /// For each worker a moment before which all of its operations have ended and been told.
     told: Vec<AtomicU64>,
@@ -30,11 +30,13 @@ pub(super) struct Accounts {
 struct Books {
     errors: ErrorLedger,
     flushes: Flushes,
+    /// Faults of every kind that happened at the storage.
+    faults: u64,
 }
 
 /// How an operation ended.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum End {
+pub(crate) enum End {
     Done,
     Failed(i32),
     /// In an outage.
@@ -43,10 +45,10 @@ pub(super) enum End {
 
 impl Accounts {
     /// With `errors`, operations may fail as long as something made them.
-    pub(super) fn new(workers: u32, errors: bool, volatile_cache: bool) -> Self {
+    pub(crate) fn new(workers: u32, errors: bool, volatile_cache: bool) -> Self {
         // Whoever looks for partitions or file systems uses the device too, and what happened at the storage is told late.
         let options = ErrorOptions { allowances: KERNEL, others: true, calls_late: true };
-        let books = Books { errors: ErrorLedger::new(options), flushes: Flushes::new(volatile_cache) };
+        let books = Books { errors: ErrorLedger::new(options), flushes: Flushes::new(volatile_cache), faults: 0 };
         Self { books: Mutex::new(books), told: (0..workers).map(|_| AtomicU64::new(0)).collect(), errors }
     }
 
@@ -55,12 +57,12 @@ impl Accounts {
     }
 
     /// Whether operations may fail.
-    pub(super) const fn errors_may_be(&self) -> bool {
+    pub(crate) const fn errors_may_be(&self) -> bool {
         self.errors
     }
 
     /// An operation has ended.
-    pub(super) fn ended(&self, worker: u32, flight: &Flight, end: End) {
+    pub(crate) fn ended(&self, worker: u32, flight: &Flight, end: End) {
         let flushes = matches!(end, End::Done) && matches!(flight.op.kind, OpKind::Flush | OpKind::WriteFua);
         if !flushes && !self.errors {
             return;
@@ -82,19 +84,19 @@ impl Accounts {
     }
 
     /// All operations of a worker that began before `oldest` have ended and been told.
-    pub(super) fn told(&self, worker: u32, oldest: u64) {
+    pub(crate) fn told(&self, worker: u32, oldest: u64) {
         self.told[worker as usize].store(oldest, Ordering::Release);
     }
 
     /// Faults were switched on or off.
-    pub(super) fn switched(&self, on: bool) {
+    pub(crate) fn switched(&self, on: bool) {
         let now = nanoseconds();
         let mut books = self.books();
         if on { books.errors.faults_on(now) } else { books.errors.faults_off(now) }
     }
 
     /// Asks what happened at the storage, and settles what can be settled.
-    pub(super) fn settle(&self, target: &Target) -> Result<(), Failure> {
+    pub(crate) fn settle(&self, target: &Target) -> Result<(), Failure> {
         // In this order: what began before and was told has ended, and so have the calls made for it.
         let oldest = self.told.iter().map(|told| told.load(Ordering::Acquire)).min().unwrap_or(0);
         self.fetch(target)?;
@@ -109,6 +111,7 @@ impl Accounts {
         for call in testimony.calls {
             books.flushes.call(call.kind, call.range, call.began, call.ended, call.ok);
         }
+        books.faults += testimony.injections.len() as u64;
         for injection in testimony.injections {
             books.errors.injected(&injection, injection.began, injection.ended);
         }
@@ -116,12 +119,13 @@ impl Accounts {
     }
 
     /// All workers have ended: settles everything, and says what there was.
-    pub(super) fn judge(&self, target: &Target) -> Result<Evidence, Failure> {
+    pub(crate) fn judge(&self, target: &Target) -> Result<Evidence, Failure> {
         self.fetch(target)?;
         let mut books = self.books();
         let mut evidence = Evidence::new();
         books.flushes.judge().map_err(broke)?.add_to(&mut evidence);
         books.errors.judge().map_err(broke)?.add_to(&mut evidence);
+        evidence.add("faults", books.faults);
         Ok(evidence)
     }
 }

@@ -16,7 +16,7 @@ const PASS: u64 = u64::MAX;
 /// was seen, so that what the ledger takes for ordered was so.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "there are as many as regions")]
-pub(super) enum Book {
+pub(crate) enum Book {
     /// A region of one worker, whose operations in flight do not overlap.
     Own { shadow: Mutex<Shadow>, discard: DiscardPromise },
     /// A region in which operations overlap, whoever's they are.
@@ -25,7 +25,7 @@ pub(super) enum Book {
 
 /// An operation in flight; to be given back to [`Book::end`] or [`Book::end_read`].
 #[derive(Debug)]
-pub(super) enum Entry {
+pub(crate) enum Entry {
     Own(shadow::Ticket),
     /// A pass over a region, which nothing changes meanwhile.
     OwnPass(SectorRange),
@@ -39,16 +39,16 @@ fn lock<T>(book: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Book {
-    pub(super) fn own(shadow: Shadow, discard: DiscardPromise) -> Self {
+    pub(crate) fn own(shadow: Shadow, discard: DiscardPromise) -> Self {
         Self::Own { shadow: Mutex::new(shadow), discard }
     }
 
-    pub(super) fn shared(ledger: Ledger) -> Self {
+    pub(crate) fn shared(ledger: Ledger) -> Self {
         Self::Shared(Mutex::new(ledger))
     }
 
     /// The sectors it covers.
-    pub(super) fn region(&self) -> SectorRange {
+    pub(crate) fn region(&self) -> SectorRange {
         match self {
             Self::Own { shadow, .. } => lock(shadow).options().region,
             Self::Shared(ledger) => lock(ledger).options().region,
@@ -56,12 +56,12 @@ impl Book {
     }
 
     /// Whether operations may overlap, and passes run beside them.
-    pub(super) const fn is_shared(&self) -> bool {
+    pub(crate) const fn is_shared(&self) -> bool {
         matches!(self, Self::Shared(_))
     }
 
     /// Whether an operation may not begin yet.
-    pub(super) fn has_to_wait(&self, op: Op) -> bool {
+    pub(crate) fn has_to_wait(&self, op: Op) -> bool {
         match self {
             Self::Own { shadow, .. } if op.kind != OpKind::Flush => {
                 let access = if op.kind == OpKind::Read { Access::Read } else { Access::Change };
@@ -73,7 +73,7 @@ impl Book {
 
     /// Begins an operation of `worker`, and fills the payload of a write. Says whether it overlaps another one that is in
     /// flight, of which one changes something.
-    pub(super) fn begin(&self, worker: u32, op: Op, payload: &mut [u8]) -> (Entry, bool) {
+    pub(crate) fn begin(&self, worker: u32, op: Op, payload: &mut [u8]) -> (Entry, bool) {
         let Op { index, kind, range } = op;
         match self {
             Self::Own { shadow, discard } => {
@@ -97,7 +97,7 @@ impl Book {
     }
 
     /// Begins a read of a pass.
-    pub(super) fn begin_pass(&self, worker: u32, range: SectorRange) -> Entry {
+    pub(crate) fn begin_pass(&self, worker: u32, range: SectorRange) -> Entry {
         match self {
             Self::Own { .. } => Entry::OwnPass(range),
             Self::Shared(_) => self.begin(worker, Op { index: PASS, kind: OpKind::Read, range }, &mut []).0,
@@ -105,7 +105,7 @@ impl Book {
     }
 
     /// Ends an operation. A read ends here only if it failed.
-    pub(super) fn end(&self, entry: Entry, outcome: Outcome) {
+    pub(crate) fn end(&self, entry: Entry, outcome: Outcome) {
         match (self, entry) {
             (Self::Own { shadow, .. }, Entry::Own(ticket)) => lock(shadow).finish(ticket, outcome),
             (Self::Shared(ledger), Entry::Shared(ticket)) => lock(ledger).end(ticket, outcome),
@@ -114,7 +114,7 @@ impl Book {
     }
 
     /// Ends a read that returned `data`.
-    pub(super) fn end_read(&self, entry: Entry, data: &[u8]) -> Result<Verified, Box<Mismatch>> {
+    pub(crate) fn end_read(&self, entry: Entry, data: &[u8]) -> Result<Verified, Box<Mismatch>> {
         let result = match (self, entry) {
             (Self::Own { shadow, .. }, Entry::Own(ticket)) => lock(shadow).finish_read(ticket, data),
             (Self::Own { shadow, .. }, Entry::OwnPass(range)) => lock(shadow).verify(range, data),
@@ -131,7 +131,7 @@ impl Book {
     }
 
     /// The power was cut while nothing was in flight.
-    pub(super) fn power_cut(&self) {
+    pub(crate) fn power_cut(&self) {
         if let Self::Shared(ledger) = self {
             lock(ledger).power_cut();
         }

@@ -22,14 +22,14 @@ const PROGRESS_EVERY: Duration = Duration::from_millis(500);
 const LOOK_AROUND: Duration = Duration::from_millis(20);
 
 /// What the workers work on.
-pub(super) struct Crew<'a> {
-    pub(super) subject: &'a Subject,
-    pub(super) opened: &'a Opened,
-    pub(super) plan: &'a Plan,
-    pub(super) layout: &'a Layout,
-    pub(super) books: &'a Books,
+pub(crate) struct Crew<'a> {
+    pub(crate) subject: &'a Subject,
+    pub(crate) opened: &'a Opened,
+    pub(crate) plan: &'a Plan,
+    pub(crate) layout: &'a Layout,
+    pub(crate) books: &'a Books,
     /// What goes out, and how often.
-    pub(super) outages: Vec<(Outage, Duration)>,
+    pub(crate) outages: Vec<(Outage, Duration)>,
 }
 
 /// Outages to come.
@@ -62,7 +62,7 @@ fn drawn(every: Duration, rng: &mut SeededRng) -> Duration {
 
 impl Crew<'_> {
     /// Runs the workers until all have ended. Their counts are added to the evidence, whatever comes of it.
-    pub(super) fn work(&self, context: &Context, shared: &Arc<Shared>) -> Result<(), Failure> {
+    pub(crate) fn work(&self, context: &Context, shared: &Arc<Shared>) -> Result<(), Failure> {
         let start = Instant::now();
         self.switch_faults(shared, true)?;
         let results: Vec<_> = std::thread::scope(|scope| {

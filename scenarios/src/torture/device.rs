@@ -17,7 +17,7 @@ use crate::scenario::Failure;
 use crate::target::Target;
 
 /// What is tortured.
-pub(super) enum Subject {
+pub(crate) enum Subject {
     /// A device that this process serves.
     Ours(Target),
     /// A block device that was there already. It is held exclusively, so that nothing mounts it meanwhile.
@@ -26,27 +26,27 @@ pub(super) enum Subject {
 
 /// An opening of the subject, past the page cache, and what was learnt of it.
 #[expect(clippy::struct_excessive_bools, reason = "each is a property of its own")]
-pub(super) struct Opened {
-    pub(super) file: File,
-    pub(super) bytes: u64,
-    pub(super) logical_block: u64,
-    pub(super) max_io_bytes: u64,
-    pub(super) capabilities: Capabilities,
-    pub(super) discard: DiscardPromise,
+pub(crate) struct Opened {
+    pub(crate) file: File,
+    pub(crate) bytes: u64,
+    pub(crate) logical_block: u64,
+    pub(crate) max_io_bytes: u64,
+    pub(crate) capabilities: Capabilities,
+    pub(crate) discard: DiscardPromise,
     /// Whether a range can be zeroed and its space given back in one operation.
-    pub(super) unmap_zeroes: bool,
+    pub(crate) unmap_zeroes: bool,
     /// A read may find a block torn while a write to it is under way.
-    pub(super) torn_by_races: bool,
+    pub(crate) torn_by_races: bool,
     /// Every sector reads as zeroes before the first write.
-    pub(super) zeroed: bool,
-    pub(super) ours: bool,
+    pub(crate) zeroed: bool,
+    pub(crate) ours: bool,
     /// What tells this device's sectors from another's.
-    pub(super) device_id: u32,
+    pub(crate) device_id: u32,
 }
 
 impl Subject {
     /// Claims a block device that is not ours.
-    pub(super) fn somebody_elses(path: &Path) -> Result<Self, Failure> {
+    pub(crate) fn somebody_elses(path: &Path) -> Result<Self, Failure> {
         let refuse = |error: &io::Error| match error.raw_os_error().map(Errno::from_raw) {
             Some(Errno::EBUSY) => Failure::Usage(format!(
                 "{} is mounted or held by somebody ({error}): unmount it, or have them let go, then try again",
@@ -67,7 +67,7 @@ impl Subject {
     }
 
     /// Opens it, past the page cache.
-    pub(super) fn open(&self) -> Result<Opened, Failure> {
+    pub(crate) fn open(&self) -> Result<Opened, Failure> {
         match self {
             Self::Ours(target) => open_ours(target),
             Self::SomebodyElses { path, .. } => open_somebody_elses(path),
@@ -77,13 +77,12 @@ impl Subject {
     /// Keeps those away who look at every new disk, udev above all, for as long as what it returns lives: an error that is
     /// injected into a read of theirs is one that no worker sees. They hold a lock while they look, and do not look while
     /// somebody else holds it.
-    pub(super) fn keep_to_ourselves(&self) -> Result<Option<Flock<File>>, Failure> {
+    pub(crate) fn keep_to_ourselves(&self) -> Result<Option<Flock<File>>, Failure> {
         let Self::Ours(target) = self else { return Ok(None) };
-        let lock = Flock::lock(target.open_direct()?, FlockArg::LockExclusive);
-        lock.map(Some).map_err(|(_, errno)| Failure::Environment(format!("failed to lock the device: {errno}")))
+        locked(target).map(Some)
     }
 
-    pub(super) fn close(self, context: &mut Context) -> Result<(), Failure> {
+    pub(crate) fn close(self, context: &mut Context) -> Result<(), Failure> {
         match self {
             Self::Ours(target) => target.close(context),
             Self::SomebodyElses { claim, .. } => {
@@ -92,6 +91,12 @@ impl Subject {
             }
         }
     }
+}
+
+/// Keeps those away who look at every new disk, for as long as what it returns lives.
+pub(crate) fn locked(target: &Target) -> Result<Flock<File>, Failure> {
+    let lock = Flock::lock(target.open_direct()?, FlockArg::LockExclusive);
+    lock.map_err(|(_, errno)| Failure::Environment(format!("failed to lock the device: {errno}")))
 }
 
 fn open_ours(target: &Target) -> Result<Opened, Failure> {

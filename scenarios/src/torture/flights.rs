@@ -13,21 +13,21 @@ use crate::clock::nanoseconds;
 const REARM_EVERY: Duration = Duration::from_secs(1);
 
 /// An operation in flight.
-pub(super) struct Flight {
-    pub(super) op: Op,
-    pub(super) entry: Entry,
+pub(crate) struct Flight {
+    pub(crate) op: Op,
+    pub(crate) entry: Entry,
     /// A read of a pass over the whole region.
-    pub(super) pass: bool,
+    pub(crate) pass: bool,
     /// When it was begun; see [`nanoseconds`](crate::clock::nanoseconds).
-    pub(super) began: u64,
+    pub(crate) began: u64,
 }
 
 /// A worker's operations in flight.
-pub(super) struct Flights {
-    pub(super) client: BlockClient,
-    pub(super) free: Vec<u16>,
-    pub(super) ops: Vec<Option<Flight>>,
-    pub(super) progressed: bool,
+pub(crate) struct Flights {
+    pub(crate) client: BlockClient,
+    pub(crate) free: Vec<u16>,
+    pub(crate) ops: Vec<Option<Flight>>,
+    pub(crate) progressed: bool,
     stall: Duration,
     armed: Instant,
     guard: Option<Guard>,
@@ -35,7 +35,7 @@ pub(super) struct Flights {
 }
 
 impl Flights {
-    pub(super) fn new(client: BlockClient, worker: u32, shared: &Shared) -> Self {
+    pub(crate) fn new(client: BlockClient, worker: u32, shared: &Shared) -> Self {
         let slots = usize::from(client.slots());
         let stall = shared.orders.stall;
         let what = format!("an operation of worker {worker} that did not complete for {stall:?}");
@@ -52,19 +52,19 @@ impl Flights {
     }
 
     /// When the oldest of them began; `now` if there are none.
-    pub(super) fn oldest(&self, now: u64) -> u64 {
+    pub(crate) fn oldest(&self, now: u64) -> u64 {
         self.ops.iter().flatten().map(|flight| flight.began).min().unwrap_or(now).min(now)
     }
 
     /// Winds the clock up if something completed since.
-    pub(super) fn rearm(&mut self, shared: &Shared) {
+    pub(crate) fn rearm(&mut self, shared: &Shared) {
         if self.progressed && self.armed.elapsed() >= REARM_EVERY.min(self.stall / 4) {
             self.wind_up(shared);
         }
     }
 
     /// Winds the clock up: for the time that is left to the oldest operation.
-    pub(super) fn wind_up(&mut self, shared: &Shared) {
+    pub(crate) fn wind_up(&mut self, shared: &Shared) {
         let now = nanoseconds();
         let age = Duration::from_nanos(now - self.oldest(now));
         self.guard = None;
@@ -74,7 +74,7 @@ impl Flights {
     }
 
     /// Stops the clock: nothing is in flight.
-    pub(super) fn stop_clock(&mut self) {
+    pub(crate) fn stop_clock(&mut self) {
         self.guard = None;
     }
 }

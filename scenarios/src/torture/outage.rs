@@ -37,7 +37,7 @@ const OUT: u8 = 2;
 
 /// The outage that is under way, if one is, and who stands still for it.
 #[derive(Debug)]
-pub(super) struct Outages {
+pub(crate) struct Outages {
     phase: AtomicU8,
     state: Mutex<State>,
     changed: Condvar,
@@ -53,7 +53,7 @@ struct State {
 }
 
 impl Outages {
-    pub(super) fn new(workers: u32) -> Self {
+    pub(crate) fn new(workers: u32) -> Self {
         let state = State { outage: Outage::PowerCut, working: workers, waiting: 0, over: 0 };
         Self { phase: AtomicU8::new(NONE), state: Mutex::new(state), changed: Condvar::new() }
     }
@@ -63,23 +63,23 @@ impl Outages {
     }
 
     /// Whether workers have to stand still.
-    pub(super) fn is_out(&self) -> bool {
+    pub(crate) fn is_out(&self) -> bool {
         self.phase.load(Ordering::Acquire) == OUT
     }
 
     /// How an operation that failed now ended, if an outage explains it.
-    pub(super) fn explains(&self) -> Option<Outcome> {
+    pub(crate) fn explains(&self) -> Option<Outcome> {
         (self.phase.load(Ordering::Acquire) != NONE).then(|| self.state().outage.outcome())
     }
 
     /// From now on operations may fail. The workers go on, so that many are under way when it comes.
-    pub(super) fn coming(&self, outage: Outage) {
+    pub(crate) fn coming(&self, outage: Outage) {
         self.state().outage = outage;
         self.phase.store(COMING, Ordering::Release);
     }
 
     /// It is there: returns when every worker stands still or has ended.
-    pub(super) fn out(&self) {
+    pub(crate) fn out(&self) {
         self.phase.store(OUT, Ordering::Release);
         let mut state = self.state();
         while state.waiting < state.working {
@@ -88,7 +88,7 @@ impl Outages {
     }
 
     /// It is over.
-    pub(super) fn over(&self) {
+    pub(crate) fn over(&self) {
         let mut state = self.state();
         self.phase.store(NONE, Ordering::Release);
         state.over += 1;
@@ -98,7 +98,7 @@ impl Outages {
     }
 
     /// A worker with nothing in flight stands still until it is over.
-    pub(super) fn wait(&self) {
+    pub(crate) fn wait(&self) {
         let mut state = self.state();
         if !self.is_out() {
             return;
@@ -112,7 +112,7 @@ impl Outages {
     }
 
     /// A worker has ended.
-    pub(super) fn leave(&self) {
+    pub(crate) fn leave(&self) {
         self.state().working -= 1;
         self.changed.notify_all();
     }

@@ -12,36 +12,36 @@ use super::tally::Tally;
 
 /// What the workers are told before they begin.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Orders {
+pub(crate) struct Orders {
     /// End after so many operations.
-    pub(super) ops: Option<u64>,
+    pub(crate) ops: Option<u64>,
     /// End at this time.
-    pub(super) until: Option<Instant>,
+    pub(crate) until: Option<Instant>,
     /// Read the whole region from time to time.
-    pub(super) passes: bool,
+    pub(crate) passes: bool,
     /// Write every sector before anything else.
-    pub(super) prefill: bool,
+    pub(crate) prefill: bool,
     /// What the device takes in one request, at most.
-    pub(super) max_io_bytes: u64,
+    pub(crate) max_io_bytes: u64,
     /// How long an operation may take before that is a hang.
-    pub(super) stall: Duration,
+    pub(crate) stall: Duration,
 }
 
 /// What the workers of a run share.
 #[derive(Debug)]
-pub(super) struct Shared {
-    pub(super) orders: Orders,
-    pub(super) outages: Outages,
+pub(crate) struct Shared {
+    pub(crate) orders: Orders,
+    pub(crate) outages: Outages,
     /// Where there is a storage to compare with.
-    pub(super) accounts: Option<Accounts>,
-    pub(super) watchdog: Arc<Watchdog>,
+    pub(crate) accounts: Option<Accounts>,
+    pub(crate) watchdog: Arc<Watchdog>,
     stop: AtomicBool,
     tallies: Vec<Arc<Tally>>,
     told: Mutex<Instant>,
 }
 
 impl Shared {
-    pub(super) fn new(orders: Orders, workers: u32, accounts: Option<Accounts>, watchdog: Arc<Watchdog>) -> Self {
+    pub(crate) fn new(orders: Orders, workers: u32, accounts: Option<Accounts>, watchdog: Arc<Watchdog>) -> Self {
         Self {
             orders,
             outages: Outages::new(workers),
@@ -54,21 +54,21 @@ impl Shared {
     }
 
     /// What a worker has done.
-    pub(super) fn tally(&self, worker: u32) -> Arc<Tally> {
+    pub(crate) fn tally(&self, worker: u32) -> Arc<Tally> {
         Arc::clone(&self.tallies[worker as usize])
     }
 
     /// Tells the workers to end.
-    pub(super) fn stop(&self) {
+    pub(crate) fn stop(&self) {
         self.stop.store(true, Ordering::Relaxed);
     }
 
-    pub(super) fn stopped(&self) -> bool {
+    pub(crate) fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
 
     /// What all of them have done.
-    pub(super) fn total(&self) -> Tally {
+    pub(crate) fn total(&self) -> Tally {
         let total = Tally::default();
         for tally in &self.tallies {
             total.merge(tally);
@@ -77,12 +77,12 @@ impl Shared {
     }
 
     /// Time since progress was told.
-    pub(super) fn since_progress(&self) -> Duration {
+    pub(crate) fn since_progress(&self) -> Duration {
         self.told.lock().unwrap_or_else(PoisonError::into_inner).elapsed()
     }
 
     /// Winds that clock up, and returns what it said.
-    pub(super) fn mark_progress(&self) -> Duration {
+    pub(crate) fn mark_progress(&self) -> Duration {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
         std::mem::replace(&mut *told, Instant::now()).elapsed()
     }

@@ -14,7 +14,7 @@ use crate::target::NEIGHBOUR;
 
 /// Whether workers share a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-pub(super) enum Sharing {
+pub(crate) enum Sharing {
     /// Each worker has a region to itself, in which its operations do not overlap.
     Disjoint,
     /// All workers share one region, and their operations overlap freely.
@@ -25,7 +25,7 @@ pub(super) enum Sharing {
 
 /// The region that workers share, and those of single workers.
 #[derive(Debug)]
-pub(super) struct Layout {
+pub(crate) struct Layout {
     workers: u32,
     /// The first so many workers share the first region.
     sharing: u32,
@@ -34,7 +34,7 @@ pub(super) struct Layout {
 
 impl Layout {
     /// Spreads regions of at most `most` bytes over the device.
-    pub(super) fn new(sharing: Sharing, workers: u32, most: u64, opened: &Opened) -> Self {
+    pub(crate) fn new(sharing: Sharing, workers: u32, most: u64, opened: &Opened) -> Self {
         let sharers = match sharing {
             Sharing::Disjoint => 0,
             Sharing::Overlapping => workers,
@@ -57,8 +57,13 @@ impl Layout {
     }
 
     /// Whether operations overlap.
-    pub(super) const fn overlaps(&self) -> bool {
+    pub(crate) const fn overlaps(&self) -> bool {
         self.sharing > 0
+    }
+
+    /// The first region, shared if one is, and the last, which is not unless it is the only one.
+    pub(crate) fn first_and_last(&self) -> (SectorRange, SectorRange) {
+        (self.regions[0], self.regions[self.regions.len() - 1])
     }
 
     fn region_of(&self, worker: u32) -> usize {
@@ -66,18 +71,18 @@ impl Layout {
     }
 
     /// What the plan has to know.
-    pub(super) fn apply(&self, options: &mut PlanOptions) {
+    pub(crate) fn apply(&self, options: &mut PlanOptions) {
         options.workers = self.workers;
         options.regions = (0..self.workers).map(|worker| self.regions[self.region_of(worker)]).collect();
     }
 
     /// Which part of its region a worker is to fill, and of how many.
-    pub(super) fn part(&self, worker: u32) -> (u32, u32) {
+    pub(crate) fn part(&self, worker: u32) -> (u32, u32) {
         if worker < self.sharing { (worker, self.sharing) } else { (0, 1) }
     }
 
     /// The book of each region. All are ledgers where there are `outages`, of which shadows know nothing.
-    pub(super) fn books(&self, opened: &Opened, seed: Seed, outages: bool) -> Books {
+    pub(crate) fn books(&self, opened: &Opened, seed: Seed, outages: bool) -> Books {
         let pattern = Arc::new(Pattern::new(seed, opened.device_id));
         let foreign: Arc<[Pattern]> = Arc::new([Pattern::new(seed, NEIGHBOUR)]);
         let book = |(index, &region): (usize, &SectorRange)| {
@@ -113,19 +118,19 @@ impl Layout {
     }
 
     /// The book of a worker's region.
-    pub(super) fn book_of(&self, books: &Books, worker: u32) -> Arc<Book> {
+    pub(crate) fn book_of(&self, books: &Books, worker: u32) -> Arc<Book> {
         Arc::clone(&books.of_regions[self.region_of(worker)])
     }
 }
 
 /// The books of all regions.
 #[derive(Debug)]
-pub(super) struct Books {
+pub(crate) struct Books {
     of_regions: Vec<Arc<Book>>,
 }
 
 impl Books {
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Book> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &Book> {
         self.of_regions.iter().map(AsRef::as_ref)
     }
 }

@@ -8,16 +8,16 @@ macro_rules! tally {
     ($($name:ident),*) => {
         /// Work done, counted.
         #[derive(Debug, Default)]
-        pub(super) struct Tally { $(pub(super) $name: AtomicU64),* }
+        pub(crate) struct Tally { $(pub(crate) $name: AtomicU64),* }
 
         impl Tally {
             /// Adds the counts of `other`.
-            pub(super) fn merge(&self, other: &Self) {
+            pub(crate) fn merge(&self, other: &Self) {
                 $(self.$name.fetch_add(other.$name.load(Ordering::Relaxed), Ordering::Relaxed);)*
             }
 
             /// Adds the counts to the evidence of the run.
-            pub(super) fn add_to(&self, evidence: &SharedEvidence) {
+            pub(crate) fn add_to(&self, evidence: &SharedEvidence) {
                 evidence.add("ops", self.ops());
                 evidence.add("verified_bytes", self.verified_bytes());
                 $(evidence.add(stringify!($name), self.$name.load(Ordering::Relaxed));)*
@@ -46,7 +46,7 @@ tally!(
 );
 
 impl Tally {
-    pub(super) fn count(counter: &AtomicU64, by: u64) {
+    pub(crate) fn count(counter: &AtomicU64, by: u64) {
         // One writer: a plain add, that the thread which tells of progress may read at any time.
         counter.store(counter.load(Ordering::Relaxed) + by, Ordering::Relaxed);
     }
@@ -56,7 +56,7 @@ impl Tally {
     }
 
     /// Operations completed.
-    pub(super) fn ops(&self) -> u64 {
+    pub(crate) fn ops(&self) -> u64 {
         [&self.reads, &self.writes, &self.fua_writes, &self.flushes, &self.discards, &self.zeroes]
             .into_iter()
             .map(Self::get)
@@ -64,12 +64,12 @@ impl Tally {
     }
 
     /// Bytes moved.
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         Self::get(&self.read_bytes) + Self::get(&self.written_bytes)
     }
 
     /// Bytes compared.
-    pub(super) fn verified_bytes(&self) -> u64 {
+    pub(crate) fn verified_bytes(&self) -> u64 {
         Self::get(&self.compared_in_reads) + Self::get(&self.compared_in_passes)
     }
 }

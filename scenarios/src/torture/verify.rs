@@ -15,7 +15,7 @@ fn chunks(book: &Book) -> Vec<SectorRange> {
 }
 
 /// Looks at every region for chunks that hold what they should not. What cannot be read is passed over.
-pub(super) fn survey<'a>(
+pub(crate) fn survey<'a>(
     books: impl IntoIterator<Item = &'a Book>,
     mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
 ) -> Vec<Mismatch> {
@@ -39,7 +39,7 @@ pub(super) fn survey<'a>(
 }
 
 /// Compares each region, as `read` has it, with its book. Returns how many bytes were compared.
-pub(super) fn all<'a>(
+pub(crate) fn all<'a>(
     books: impl IntoIterator<Item = &'a Book>,
     mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
 ) -> Result<u64, Failure> {

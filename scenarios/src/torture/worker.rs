@@ -26,7 +26,7 @@ const PASS_EVERY: u64 = 500;
 const CLOCK_EVERY: u64 = 32;
 
 /// One worker, and the book of its region.
-pub(super) struct Worker {
+pub(crate) struct Worker {
     index: u32,
     plan: WorkerPlan,
     book: Arc<Book>,
@@ -43,7 +43,7 @@ pub(super) struct Worker {
 }
 
 impl Worker {
-    pub(super) fn new(
+    pub(crate) fn new(
         index: u32,
         plan: &Plan,
         opened: &Opened,
@@ -67,7 +67,7 @@ impl Worker {
 
     /// Works until a limit is reached, something is wrong, or it is told to end. Then nothing is in flight, and what its
     /// region may hold is known again.
-    pub(super) fn run(mut self) -> Result<(), Failure> {
+    pub(crate) fn run(mut self) -> Result<(), Failure> {
         let result = self.work();
         if result.is_err() {
             // The first wrong byte ends the run: what the others would find after it says less.

@@ -6,6 +6,7 @@ mod close;
 mod control;
 mod disk;
 mod errnos;
+mod fault;
 mod faults;
 mod geometry;
 mod handlers;
@@ -34,6 +35,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         control::cases(),
         orphans::cases(),
         scenarios::cases(),
+        fault::cases(),
         torture::cases(),
     ]
     .into_iter()

@@ -1,0 +1,35 @@
+//! The scenario `fault`: a right server passes, and every bug that it is for is found.
+
+use super::runner::cases;
+use super::scenarios::verdict;
+
+cases!("fault":
+    a_right_server_passes in 170 s,
+    an_errno_that_is_lost_is_found in 60 s,
+    an_error_that_is_swallowed_is_found in 60 s,
+    an_error_that_outlives_its_cause_is_found in 60 s,
+    a_close_without_a_bound_is_a_hang in 170 s,
+);
+
+fn a_right_server_passes() {
+    let verdict = verdict("fault --seed 1 --size 64M", 0);
+    let count = |name: &str| verdict["evidence"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {verdict}"));
+    assert!(count("errors_seen") > 100 && count("cells") > 100 && count("errnos") > 100, "{verdict}");
+    assert!(count("failed_by_close") == 3 && count("answers_in_pieces") >= 10, "{verdict}");
+}
+
+fn an_errno_that_is_lost_is_found() {
+    verdict("fault --seed 2 --size 64M --plant errno-lost", 2);
+}
+
+fn an_error_that_is_swallowed_is_found() {
+    verdict("fault --seed 3 --size 64M --mutant error-swallowed:1", 2);
+}
+
+fn an_error_that_outlives_its_cause_is_found() {
+    verdict("fault --seed 4 --size 64M --mutant error-sticky:200", 2);
+}
+
+fn a_close_without_a_bound_is_a_hang() {
+    verdict("fault --seed 5 --size 64M --only closing --plant endless-close", 3);
+}

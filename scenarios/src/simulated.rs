@@ -34,7 +34,7 @@ const SHRINK: Duration = Duration::from_secs(30);
 const AFTERMATH: Duration = Duration::from_secs(300);
 
 /// What `torture` takes on the simulator; the rest is drawn.
-const TAKEN: [&str; 7] = ["sim", "threads", "mutant", "seed", "duration", "ops", "report"];
+const TAKEN: [&str; 8] = ["sim", "threads", "mutant", "seed", "duration", "ops", "report", "junit"];
 
 /// `torture`, on a device or on the simulator.
 pub(crate) const TORTURE: Entry = Entry {

@@ -20,7 +20,7 @@ use ublkit_harness::{DiscardPromise, Evidence};
 
 use crate::context::Context;
 use crate::scenario::Failure;
-use crate::server::{Served, Server, Status, Testimony};
+use crate::server::{Lie, Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
 
@@ -100,6 +100,12 @@ pub struct TargetArgs {
     /// Faults between the device and its storage, once they are switched on
     #[arg(skip)]
     pub faults: FaultPlan,
+    /// Nobody may write to it
+    #[arg(skip)]
+    pub read_only: bool,
+    /// A bug of the server that `probe` plants
+    #[arg(skip)]
+    pub(crate) lie: Option<Lie>,
 }
 
 /// A set of [`Capability`].
@@ -176,6 +182,9 @@ impl TargetArgs {
         }
         if self.capabilities.has(Capability::Zeroes) {
             geometry = geometry.write_zeroes();
+        }
+        if self.read_only {
+            geometry = geometry.read_only();
         }
         geometry
     }

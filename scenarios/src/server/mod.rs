@@ -9,6 +9,7 @@ mod bridge;
 mod child;
 mod client;
 mod freezer;
+mod lies;
 mod protocol;
 mod socket;
 mod stack;
@@ -17,6 +18,7 @@ mod witness;
 
 pub(crate) use child::main;
 pub(crate) use client::{Server, kill_all};
+pub(crate) use lies::Lie;
 pub(crate) use protocol::{Served, Status};
 pub(crate) use witness::Testimony;
 

@@ -17,6 +17,7 @@ use ublkit_harness::{Observed, Pattern, Seed, SeededRng};
 
 use super::bridge::{Bridge, Forward, Shape};
 use super::freezer::Freezer;
+use super::lies::Lie;
 use super::socket::Socket;
 use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
@@ -57,6 +58,7 @@ struct Below {
     faults: Faults,
     notes: Notes,
     planted: Option<Planted>,
+    lie: Option<Lie>,
 }
 
 impl Below {
@@ -66,9 +68,13 @@ impl Below {
             Timed::new(Arc::new(self.faults.backend(Arc::clone(&self.storage.freezer))), self.faults.clone());
         // Beside a planted bug speed does not count, and more can be told of what it did.
         let witness = Arc::new(Witness::new(faulty, self.notes.clone(), self.planted.is_some()));
-        match self.planted {
+        let backend = match self.planted {
             Some(planted) => plant_backend(planted, witness, plot),
             None => witness,
+        };
+        match self.lie {
+            Some(lie) => lie.plant(backend),
+            None => backend,
         }
     }
 }
@@ -98,7 +104,7 @@ impl Stack {
                 lock(&admitted).push(made);
             }
         }));
-        let below = Below { storage, faults, notes: Notes::default(), planted: args.mutant };
+        let below = Below { storage, faults, notes: Notes::default(), planted: args.mutant, lie: args.lie };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let (top, counters) = Observed::new(Arc::clone(&socket));
         let top = Arc::new(top);
@@ -121,6 +127,7 @@ impl Stack {
 
     /// What the device declares.
     pub(super) fn declared(&self, geometry: Geometry) -> Geometry {
+        let geometry = self.below.lie.map_or(geometry, |lie| lie.declared(geometry));
         self.below.planted.map_or(geometry, |planted| declared_geometry(planted, geometry))
     }
 

@@ -10,6 +10,7 @@ mod faults;
 mod geometry;
 mod handlers;
 mod io;
+mod notes;
 mod orphans;
 mod queues;
 pub(crate) mod runner;

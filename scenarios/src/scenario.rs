@@ -113,7 +113,7 @@ pub const SCENARIOS: &[Entry] = &[
         "probe",
         "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
     )
-    .short(&[&["--size", "64M"]])
+    .short(&[&["--size", "64M", "--max-io", "128k"]])
     .plants(crate::probe::PLANTS),
     crate::simulated::TORTURE,
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),

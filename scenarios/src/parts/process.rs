@@ -79,7 +79,14 @@ impl Launch for Processes {
             part.verdict = worse(part.verdict, Verdict::Fail);
             wrong = Some(wrong.map_or_else(String::new, |wrong| wrong + "; ") + "the kernel complained: " + alarm);
         }
-        part.what = wrong.filter(|_| part.verdict != Verdict::Pass).unwrap_or_else(|| telling(&part.evidence));
+        part.what = match (part.verdict, wrong) {
+            (Verdict::Pass, _) => telling(&part.evidence),
+            (_, Some(wrong)) => wrong,
+            // The last note says what is lacking.
+            (_, None) => part.what,
+        };
+        // Its report has the rest.
+        part.what = part.what.lines().next().unwrap_or_default().to_owned();
         if part.verdict != Verdict::Pass
             && let Some(dir) = &order.report
         {

@@ -18,6 +18,7 @@ mod scenarios;
 pub(crate) mod server;
 mod sizes;
 mod start;
+mod suite;
 mod torture;
 
 pub(crate) fn all() -> Vec<runner::Case> {
@@ -35,6 +36,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         control::cases(),
         orphans::cases(),
         scenarios::cases(),
+        suite::cases(),
         torture::cases(),
     ]
     .into_iter()

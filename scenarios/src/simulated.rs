@@ -42,13 +42,16 @@ pub(crate) const TORTURE: Entry = Entry {
     about: "seeded random I/O of any size and place, every byte verified",
     short: &[
         &["--duration", "8s", "--size", "64M"],
+        // Small, so that much is done between two cuts, however slow the machine.
         &[
             "--duration",
             "8s",
             "--size",
-            "64M",
+            "16M",
             "--region",
             "1M",
+            "--max-io",
+            "64k",
             "--backend",
             "medium",
             "--cut-every",

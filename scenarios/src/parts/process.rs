@@ -86,7 +86,7 @@ impl Launch for Processes {
             (_, None) => part.what,
         };
         // Its report has the rest.
-        part.what = part.what.lines().next().unwrap_or_default().to_owned();
+        part.what.truncate(part.what.find('\n').unwrap_or(part.what.len()));
         if part.verdict != Verdict::Pass
             && let Some(dir) = &order.report
         {

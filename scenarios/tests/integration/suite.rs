@@ -12,8 +12,8 @@ use serde_json::Value;
 use super::runner::{cases, ids};
 
 cases!("suite":
-    a_suite_passes_and_reports_each_part in 120 s,
-    a_soak_of_one_round_catches_its_canary in 120 s,
+    a_suite_passes_and_reports_each_part in 170 s,
+    a_soak_of_one_round_catches_its_canary in 170 s,
     an_interrupted_soak_leaves_nothing in 60 s,
 );
 

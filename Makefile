@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +69,18 @@ user-crate: ## A crate outside this workspace tests its backends, as an unprivil
 
 mutants-device: release ## The known bugs that a real device can have, planted in one after another
 	$(RUN) -- $(TORTURE) mutants --device-mode --report $(REPORTS)/mutants-device $(ARGS)
+
+mutants-scenarios: release ## Every scenario has to catch the bugs that are planted for it, and to pass without one
+	$(RUN) -- $(TORTURE) mutants --scenarios --report $(REPORTS)/mutants-scenarios $(ARGS)
+
+suite: release ## The short runs of every scenario, and a table of them
+	$(RUN) -- $(TORTURE) suite --report $(REPORTS)/suite --junit $(REPORTS)/suite.junit.xml $(ARGS)
+
+soak: release ## Every scenario, round after round, for UBLK_TORTURE_DURATION, with a planted bug to catch in each
+	$(RUN) -- $(TORTURE) soak --report $(REPORTS)/soak $(ARGS)
+
+matrix: release ## The trials and the suite on every kernel, and one table: KERNELS='6.12 7.2', MATRIX_JOBS=2
+	ci/matrix
 
 confusion: ## What the classifier calls corruptions of every class
 	$(CARGO) run --release --quiet -p ublkit-harness --example confusion

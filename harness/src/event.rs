@@ -38,6 +38,8 @@ pub enum Event {
     MatrixRow(Box<Row>),
     /// The same for one that was planted in a server of a real device.
     DeviceRow(Box<DeviceRow>),
+    /// A run that was a part of this one has ended.
+    Part(Box<Part>),
     /// A remark for the reader.
     Note(Note),
     /// How the run ended.
@@ -178,6 +180,31 @@ impl fmt::Display for DeviceRow {
         }?;
         write!(f, ", {elapsed_ms} ms")
     }
+}
+
+/// A run of its own that was a part of this one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Part {
+    /// What it is called: its scenario, and its number where that has several.
+    pub name: String,
+    /// How it ended.
+    pub verdict: Verdict,
+    /// The exit status of its process; `None` if a signal ended it, or nothing could.
+    pub exit_code: Option<i32>,
+    /// How long it took, in milliseconds.
+    pub elapsed_ms: u64,
+    /// What was wrong, in one line; or, of a pass, the most telling of what was done.
+    pub what: String,
+    /// What was done, by name.
+    pub evidence: BTreeMap<String, u64>,
+    /// What was left out because of bugs of this kernel, and which.
+    pub gates: Vec<String>,
+    /// Its steps, in the order in which they ended.
+    pub steps: Vec<StepFinished>,
+    /// Where its report is, if one was asked for.
+    pub report: Option<String>,
+    /// The command that runs it again.
+    pub repro: String,
 }
 
 /// A remark for the reader.

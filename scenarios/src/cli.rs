@@ -10,11 +10,12 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Arg, ArgAction, ArgMatches, Command};
+use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
 use serde_json::json;
 use ublkit_harness::Seed;
 use ublkit_harness::verdict::EXIT_USAGE;
 
+use crate::matrix;
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
 use crate::server;
@@ -22,6 +23,9 @@ use crate::units::parse_duration;
 
 /// Sets the duration of a run where `--duration` does not.
 pub const DURATION_VARIABLE: &str = "UBLK_TORTURE_DURATION";
+
+/// The subcommand that makes a table of many kernels.
+const MATRIX: &str = "matrix-table";
 
 const EXIT_INTERNAL: u8 = 70;
 
@@ -53,6 +57,9 @@ pub struct CommonArgs {
     /// Write events.jsonl here, and report.txt if the run fails
     #[arg(long, value_name = "DIR")]
     pub report: Option<PathBuf>,
+    /// Write a JUnit report to this file: a case for each step, and the verdict
+    #[arg(long, value_name = "FILE")]
+    pub junit: Option<PathBuf>,
     /// Print JSON lines, and nothing else, on standard output
     #[arg(long)]
     pub json: bool,
@@ -81,6 +88,10 @@ fn dispatch(args: &[OsString]) -> u8 {
     };
     match matches.subcommand() {
         Some(("list", matches)) => list(matches.get_flag("json")),
+        Some((MATRIX, matches)) => {
+            let dirs: Vec<PathBuf> = matches.get_many("dirs").into_iter().flatten().cloned().collect();
+            matrix::main(&dirs, matches.get_one::<PathBuf>("markdown").map(PathBuf::as_path))
+        }
         Some((name, matches)) => start(name, matches, args),
         None => EXIT_USAGE,
     }
@@ -97,10 +108,27 @@ fn command() -> Command {
         .subcommand_required(true)
         .arg_required_else_help(true)
         .subcommand(list)
+        .subcommand(matrix_table())
         .subcommands(
             SCENARIOS
                 .iter()
                 .map(|entry| (entry.augment)(Command::new(entry.name)).about(entry.about).long_about(None)),
+        )
+}
+
+/// For `ci/matrix`.
+fn matrix_table() -> Command {
+    let path = value_parser!(PathBuf);
+    Command::new(MATRIX)
+        .hide(true)
+        .about("One table of what ci/matrix found on each kernel")
+        .arg(Arg::new("dirs").value_name("DIR").num_args(1..).required(true).value_parser(path.clone()))
+        .arg(
+            Arg::new("markdown")
+                .long("markdown")
+                .value_name("FILE")
+                .value_parser(path)
+                .help("Write it as Markdown too"),
         )
 }
 

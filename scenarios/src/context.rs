@@ -12,6 +12,9 @@ use crate::gates::{Gate, KernelVersion};
 use crate::runs::RunRecord;
 use crate::scenario::{Broken, Failure};
 
+/// What a remark begins with that says what a gate leaves out.
+pub(crate) const LEFT_OUT: &str = "left out on this kernel: ";
+
 /// Evidence that several threads add to.
 #[derive(Clone, Debug, Default)]
 pub struct SharedEvidence(Arc<Mutex<Evidence>>);
@@ -133,10 +136,7 @@ impl Context {
     pub fn gated(&self, gate: &Gate, what: &str) -> bool {
         let shut = gate.is_shut(KernelVersion::here());
         if shut {
-            self.note(format!(
-                "left out on this kernel: {what}: {}: {} (fixed: {})",
-                gate.name, gate.bug, gate.fixed
-            ));
+            self.note(format!("{LEFT_OUT}{what}: {}: {} (fixed: {})", gate.name, gate.bug, gate.fixed));
             self.evidence.add(&format!("gated_{}", gate.name.replace('-', "_")), 1);
         }
         shut
@@ -208,5 +208,38 @@ impl Context {
             self.sink.send(event.as_ref().clone());
             *reported = true;
         }
+    }
+}
+
+/// A context for tests of what is run in one.
+#[cfg(test)]
+pub(crate) mod testing {
+    use ublkit_harness::watchdog::WatchdogOptions;
+    use ublkit_harness::{EventLoop, Seed, Watchdog};
+
+    use super::{Arc, Context, Interruption, SharedEvidence};
+    use crate::runs::StateDir;
+
+    pub(crate) struct Testing {
+        pub(crate) context: Context,
+        pub(crate) _loop: EventLoop,
+    }
+
+    pub(crate) fn context() -> Testing {
+        let event_loop = EventLoop::start(Vec::new()).expect("a thread");
+        let watchdog = Watchdog::start(WatchdogOptions::default(), |report| panic!("{report:?}")).expect("a thread");
+        let context = Context {
+            seed: Seed::new(7),
+            duration: None,
+            ops: None,
+            report_dir: None,
+            sink: event_loop.sink(),
+            evidence: SharedEvidence::default(),
+            watchdog: Arc::new(watchdog),
+            interruption: Interruption::default(),
+            record: StateDir::default().record(),
+            detail: String::new(),
+        };
+        Testing { context, _loop: event_loop }
     }
 }

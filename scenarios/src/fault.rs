@@ -23,6 +23,7 @@ use self::grid::Cell;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Plant, Scenario};
+use crate::server::Lie;
 use crate::sysfs::BlockDir;
 use crate::target::{Target, TargetArgs};
 use crate::torture::accounts::Accounts;
@@ -201,7 +202,10 @@ impl Args {
             Grid::Whole => grid::whole(),
         };
         context.evidence().require("cells", cells.len() as u64);
-        let target = TargetArgs { errnos_are_lost: self.plant == Some(Broken::ErrnoLost), ..self.target.clone() };
+        let target = TargetArgs {
+            lie: (self.plant == Some(Broken::ErrnoLost)).then_some(Lie::ErrnoLost),
+            ..self.target.clone()
+        };
         let until = context.duration().map(|duration| Instant::now() + duration);
         let mut round = 0;
         loop {

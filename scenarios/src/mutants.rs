@@ -2,12 +2,13 @@
 //!
 //! On the simulator it is the [kill matrix](ublkit_harness::matrix): every bug has to be found, nothing that is merely odd
 //! may be called a bug, and no oracle may be there for nothing. On a real device, each bug that a server can have is planted
-//! in one, and `torture` has to find it.
+//! in one, and `torture` has to find it. With `--scenarios`, every scenario has to catch the bugs that are planted for it, and
+//! to pass without one.
 
 mod on_device;
+pub(crate) mod scenarios;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,6 +19,7 @@ use ublkit_harness::matrix::{Matrix, MatrixOptions, Row};
 use ublkit_harness::mutant::Layer;
 use ublkit_harness::{Mutant, Oracle, Oracles, Seed};
 
+use self::scenarios::Chosen;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Scenario};
@@ -33,6 +35,7 @@ const FILE: &str = "mutants.json";
 const REDUNDANT: &[(Oracle, &str)] = &[];
 
 /// The arguments of `mutants`, and so the scenario.
+#[expect(clippy::struct_excessive_bools, reason = "flags of a command line")]
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -43,9 +46,25 @@ pub struct Args {
     /// Plant them in servers of real devices, one after another, for `--duration` each (60s)
     #[arg(long, help_heading = "Where")]
     device_mode: bool,
-    /// These mutants and controls alone
-    #[arg(long, value_name = "NAME,…", value_delimiter = ',', help_heading = "Matrix")]
-    only: Vec<Mutant>,
+    /// Have every scenario catch the bugs that are planted for it, and pass without one
+    #[arg(
+        long,
+        conflicts_with_all = ["sim", "device_mode", "without", "control_seeds", "threads"],
+        help_heading = "Where"
+    )]
+    scenarios: bool,
+    /// Beside it, which other scenarios catch a bug that can be planted in their servers too
+    #[arg(long, requires = "scenarios", help_heading = "Where")]
+    alone: bool,
+    /// These mutants and controls alone; with --scenarios, these scenarios, or SCENARIO/PLANT
+    #[arg(
+        long,
+        value_name = "NAME,…",
+        value_delimiter = ',',
+        value_parser = scenarios::parse_chosen,
+        help_heading = "Matrix"
+    )]
+    only: Vec<Chosen>,
     /// Without these oracles
     #[arg(
         long,
@@ -76,9 +95,10 @@ impl Scenario for Args {
         let names = |names: Vec<&str>| json!(names);
         let mut options = vec![
             ("device_mode", json!(self.device_mode)),
-            ("only", names(self.only.iter().map(|mutant| mutant.name()).collect())),
+            ("scenarios", json!(self.scenarios)),
+            ("only", json!(self.only.iter().map(ToString::to_string).collect::<Vec<_>>())),
         ];
-        if !self.device_mode {
+        if !self.device_mode && !self.scenarios {
             options.extend([
                 ("without", names(self.without.iter().map(|oracle| oracle.name()).collect())),
                 ("control_seeds", json!(self.control_seeds)),
@@ -89,13 +109,26 @@ impl Scenario for Args {
     }
 
     fn needs(&self) -> Needs {
-        Needs { ublk: self.device_mode, tools: &[] }
+        Needs { ublk: self.device_mode || self.scenarios, tools: &[] }
     }
 
     fn validate(&self) -> Result<(), Failure> {
         let wrong = |text: &str| Err(Failure::Usage(text.to_owned()));
         if !self.device_mode && self.common.duration.is_some() {
             return wrong("--duration is for --device-mode; on the simulator, --ops says how much is done");
+        }
+        for chosen in &self.only {
+            match chosen {
+                Chosen::Mutant(mutant) if self.scenarios => {
+                    return Err(Failure::Usage(format!(
+                        "--only {mutant}: with --scenarios, name SCENARIO or SCENARIO/PLANT"
+                    )));
+                }
+                Chosen::Scenario { .. } if !self.scenarios => {
+                    return Err(Failure::Usage(format!("--only {chosen}: that is for --scenarios")));
+                }
+                _ => {}
+            }
         }
         if self.common.ops == Some(0) || self.control_seeds == 0 || self.threads == Some(0) {
             return wrong("nothing would be run: --ops, --control-seeds and --threads are numbers from 1");
@@ -107,13 +140,20 @@ impl Scenario for Args {
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
-        if self.device_mode { on_device::run(&self.mutants(), context) } else { self.simulate(context) }
+        if self.scenarios {
+            scenarios::run(&self.only, self.alone, context)
+        } else if self.device_mode {
+            on_device::run(&self.mutants(), context)
+        } else {
+            self.simulate(context)
+        }
     }
 }
 
 impl Args {
     fn mutants(&self) -> Vec<Mutant> {
-        Mutant::ALL.into_iter().filter(|mutant| self.only.is_empty() || self.only.contains(mutant)).collect()
+        let chosen = |mutant: &Mutant| self.only.contains(&Chosen::Mutant(*mutant));
+        Mutant::ALL.into_iter().filter(|mutant| self.only.is_empty() || chosen(mutant)).collect()
     }
 
     fn threads(&self) -> usize {
@@ -223,8 +263,5 @@ fn broke(wrong: Vec<String>) -> Result<(), Failure> {
 /// Writes it to the report directory, if there is one.
 fn save(matrix: &impl Serialize, dir: Option<&Path>) -> Result<(), Failure> {
     let Some(dir) = dir else { return Ok(()) };
-    let path = dir.join(FILE);
-    let json = serde_json::to_string_pretty(matrix).map_err(|error| Failure::Internal(error.to_string()))?;
-    fs::write(&path, json + "\n")
-        .map_err(|error| Failure::Environment(format!("cannot write {}: {error}; is there room?", path.display())))
+    crate::suite::save_json(&dir.join(FILE), matrix)
 }

@@ -12,12 +12,14 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
+use clap::ValueEnum;
+use serde_json::{Value, json};
 
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::inventory::Inventory;
-use crate::scenario::{Failure, Needs, Scenario};
+use crate::scenario::{Failure, Needs, Plant, Scenario};
+use crate::server::Lie;
 use crate::target::{Target, TargetArgs};
 use crate::units::format_bytes;
 
@@ -34,7 +36,39 @@ pub struct Args {
     common: CommonArgs,
     #[command(flatten)]
     target: TargetArgs,
+    /// Plant a bug in the server that no other scenario looks for
+    #[arg(long, value_enum, value_name = "NAME", help_heading = "Device")]
+    plant: Option<Lie>,
 }
+
+/// What no other scenario looks for: what the device says of itself, and what lies far out.
+pub(crate) const PLANTS: &[Plant] = &[
+    Plant {
+        name: "size-lie",
+        about: "the device is one block smaller than its storage",
+        arguments: &["--plant", "size-lie"],
+    },
+    Plant {
+        name: "block-lie",
+        about: "the device claims larger physical blocks than were asked for",
+        arguments: &["--plant", "block-lie"],
+    },
+    Plant {
+        name: "offset-31",
+        about: "byte offsets are kept in a signed number of 32 bits",
+        arguments: &["--plant", "offset-31"],
+    },
+    Plant {
+        name: "ro-not-enforced",
+        about: "a device that is to be read-only takes writes",
+        arguments: &["--mutant", "ro-not-enforced"],
+    },
+    Plant {
+        name: "no-volatile-cache",
+        about: "the device does not say that it has a volatile cache, and is never flushed",
+        arguments: &["--mutant", "no-volatile-cache"],
+    },
+];
 
 impl Scenario for Args {
     fn common(&self) -> &CommonArgs {
@@ -42,7 +76,9 @@ impl Scenario for Args {
     }
 
     fn options(&self) -> BTreeMap<String, Value> {
-        self.target.options()
+        let plant = self.plant.and_then(|plant| plant.to_possible_value());
+        let plant = ("plant".to_owned(), json!(plant.map(|plant| plant.get_name().to_owned())));
+        self.target.options().into_iter().chain([plant]).collect()
     }
 
     fn needs(&self) -> Needs {
@@ -65,7 +101,8 @@ impl Scenario for Args {
         self.state_minimums(context);
         let before = Inventory::take();
         let mut made = Vec::new();
-        let served = self.serve(context, &mut made);
+        let target = TargetArgs { lie: self.plant, ..self.target.clone() };
+        let served = Self::serve(&target, context, &mut made);
         // Whatever went wrong before, what is left is worth knowing; but the first failure is the one that is told.
         let gone = context.always("nodes-gone", Duration::from_secs(20), |context| nodes_gone(context, &made));
         served.and(gone)?;
@@ -94,23 +131,24 @@ impl Args {
     }
 
     /// Everything that takes place while the device exists.
-    fn serve(&self, context: &mut Context, made: &mut Vec<u32>) -> Result<(), Failure> {
+    fn serve(args: &TargetArgs, context: &mut Context, made: &mut Vec<u32>) -> Result<(), Failure> {
         let limit = Duration::from_secs(60);
         let target = context.step("start", limit, |context| {
-            let target = self.target.start(context)?;
+            let target = args.start(context)?;
             context.detail(format!("{} of {}", target.path().display(), format_bytes(target.geometry().size)));
             Ok(target)
         })?;
         made.push(target.id());
-        let checked = self.check(context, &target, made);
+        let checked = Self::check(args, context, &target, made);
         let closed = context.always("close", Duration::from_secs(120), |context| target.close(context));
         checked.and(closed)
     }
 
-    fn check(&self, context: &mut Context, target: &Target, made: &mut Vec<u32>) -> Result<(), Failure> {
+    fn check(args: &TargetArgs, context: &mut Context, target: &Target, made: &mut Vec<u32>) -> Result<(), Failure> {
         device::check(context, target)?;
-        device::check_far_offsets(context, &self.target, made)?;
-        filesystem::check(context, &self.target, target, made)
+        device::check_read_only(context, args, made)?;
+        device::check_far_offsets(context, args, made)?;
+        filesystem::check(context, args, target, made)
     }
 }
 

@@ -21,6 +21,7 @@ use ublkit_harness::{EventLoop, EventSink, Reporter, Seed, Verdict, Watchdog};
 use crate::cli::complain;
 use crate::context::{Context, Interruption, SharedEvidence};
 use crate::environment::{self, Host};
+use crate::junit::JUnit;
 use crate::page::Page;
 use crate::runs::StateDir;
 use crate::scenario::{Failure, Scenario};
@@ -38,7 +39,7 @@ const CLEAN_UP: Duration = Duration::from_secs(60);
 /// `args` is the whole command line, for the command that runs it again. When something hangs, the process ends here.
 pub fn run(name: &'static str, scenario: &dyn Scenario, duration: Option<Duration>, args: &[OsString]) -> u8 {
     let common = scenario.common();
-    let prepared = scenario.validate().and_then(|()| prepare(common.report.as_deref()));
+    let prepared = scenario.validate().and_then(|()| prepare(common.report.as_deref(), common.junit.as_deref()));
     let mut reporters: Vec<Box<dyn Reporter>> = match prepared {
         Ok(reporters) => reporters,
         Err(failure) => {
@@ -253,19 +254,28 @@ impl Drop for Listener {
     }
 }
 
-/// Makes the report directory and opens what goes into it.
-fn prepare(report: Option<&Path>) -> Result<Vec<Box<dyn Reporter>>, Failure> {
-    let Some(dir) = report else { return Ok(Vec::new()) };
-    let cannot = |error: io::Error| {
-        Failure::Usage(format!(
-            "cannot write a report to {}: {error}; give --report another directory",
-            dir.display()
-        ))
+/// Makes the report directory and opens what goes into it, and the JUnit report.
+fn prepare(report: Option<&Path>, junit: Option<&Path>) -> Result<Vec<Box<dyn Reporter>>, Failure> {
+    let mut reporters: Vec<Box<dyn Reporter>> = Vec::new();
+    let cannot = |path: &Path, flag: &str| {
+        let path = path.display().to_string();
+        let flag = flag.to_owned();
+        move |error: io::Error| {
+            Failure::Usage(format!("cannot write a report to {path}: {error}; give {flag} another place"))
+        }
     };
-    fs::create_dir_all(dir).map_err(cannot)?;
-    let events = File::create(dir.join("events.jsonl")).map_err(cannot)?;
-    let page = Page::new(dir.join("report.txt")).map_err(cannot)?;
-    Ok(vec![Box::new(JsonLines::new(events)), Box::new(page)])
+    if let Some(dir) = report {
+        let cannot = cannot(dir, "--report");
+        fs::create_dir_all(dir).map_err(&cannot)?;
+        let events = File::create(dir.join("events.jsonl")).map_err(&cannot)?;
+        let page = Page::new(dir.join("report.txt")).map_err(&cannot)?;
+        reporters.push(Box::new(JsonLines::new(events)));
+        reporters.push(Box::new(page));
+    }
+    if let Some(path) = junit {
+        reporters.push(Box::new(JUnit::new(path.to_owned()).map_err(cannot(path, "--junit"))?));
+    }
+    Ok(reporters)
 }
 
 /// The command that runs it again: the same options, with the seed and the duration made explicit, and without those that say
@@ -276,8 +286,8 @@ fn repro(args: &[OsString], seed: Seed, duration: Option<Duration>) -> String {
     while let Some(arg) = rest.next() {
         match arg.as_ref() {
             "--json" => {}
-            "--seed" | "--report" | "--duration" => drop(rest.next()),
-            arg if ["--seed=", "--report=", "--duration="].iter().any(|flag| arg.starts_with(flag)) => {}
+            "--seed" | "--report" | "--junit" | "--duration" => drop(rest.next()),
+            arg if ["--seed=", "--report=", "--junit=", "--duration="].iter().any(|flag| arg.starts_with(flag)) => {}
             arg => words.push(quote(arg)),
         }
     }

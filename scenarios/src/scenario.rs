@@ -112,12 +112,22 @@ pub const SCENARIOS: &[Entry] = &[
     Entry::new::<crate::probe::Args>(
         "probe",
         "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
-    ),
+    )
+    .short(&[&["--size", "64M", "--max-io", "128k"]])
+    .plants(crate::probe::PLANTS),
     crate::simulated::TORTURE,
     Entry::new::<crate::fault::Args>("fault", "errors of every kind, at every point, and what comes after them")
         .short(crate::fault::SHORT)
         .plants(crate::fault::PLANTS),
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
+    Entry::new::<crate::suite::Args>(
+        "suite",
+        "the short runs of every scenario, one after the other, and a table of them",
+    ),
+    Entry::new::<crate::soak::Args>(
+        "soak",
+        "every scenario, round after round, with a planted bug to catch in each round",
+    ),
     Entry::new::<crate::replay::Args>("replay", "run what a failure left behind once more: a bundle, or a script"),
 ];
 

@@ -34,7 +34,7 @@ const SHRINK: Duration = Duration::from_secs(30);
 const AFTERMATH: Duration = Duration::from_secs(300);
 
 /// What `torture` takes on the simulator; the rest is drawn.
-const TAKEN: [&str; 7] = ["sim", "threads", "mutant", "seed", "duration", "ops", "report"];
+const TAKEN: [&str; 8] = ["sim", "threads", "mutant", "seed", "duration", "ops", "report", "junit"];
 
 /// `torture`, on a device or on the simulator.
 pub(crate) const TORTURE: Entry = Entry {
@@ -42,7 +42,23 @@ pub(crate) const TORTURE: Entry = Entry {
     about: "seeded random I/O of any size and place, every byte verified",
     short: &[
         &["--duration", "8s", "--size", "64M"],
-        &["--duration", "8s", "--size", "64M", "--backend", "medium", "--cut-every", "1s", "--faults", "draw"],
+        // Small, so that much is done between two cuts, however slow the machine.
+        &[
+            "--duration",
+            "8s",
+            "--size",
+            "16M",
+            "--region",
+            "1M",
+            "--max-io",
+            "64k",
+            "--backend",
+            "medium",
+            "--cut-every",
+            "1s",
+            "--faults",
+            "draw",
+        ],
     ],
     plants: PLANTS,
     augment,

@@ -21,7 +21,7 @@ use ublkit_harness::{DiscardPromise, Evidence};
 
 use crate::context::Context;
 use crate::scenario::Failure;
-use crate::server::{Served, Server, Status, Testimony};
+use crate::server::{Lie, Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
 
@@ -109,10 +109,9 @@ pub struct TargetArgs {
     #[arg(skip)]
     #[serde(default)]
     pub patience: Patience,
-    /// Whether the server tells the kernel `EIO`, whatever its storage said: a bug to be found
+    /// A bug of the server that is planted
     #[arg(skip)]
-    #[serde(default)]
-    pub errnos_are_lost: bool,
+    pub(crate) lie: Option<Lie>,
 }
 
 /// How long a server waits for this and that.

@@ -63,6 +63,17 @@ pub fn format_bytes(bytes: u64) -> String {
     format!("{bytes} bytes")
 }
 
+/// Bytes for a reader who wants to know about how many: three digits or so.
+#[must_use]
+pub fn format_rounded(bytes: u64) -> String {
+    for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+        if bytes >> shift > 0 {
+            return format!("{:.1} {unit}", bytes as f64 / (1_u64 << shift) as f64);
+        }
+    }
+    format!("{bytes} bytes")
+}
+
 fn split(text: &str) -> (&str, &str) {
     let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     text.split_at(digits)
@@ -109,5 +120,7 @@ mod tests {
         assert_eq!(format_bytes(1000), "1000 bytes");
         assert_eq!(format_bytes(4096), "4 KiB");
         assert_eq!(format_bytes(3 << 30), "3 GiB");
+        assert_eq!(format_rounded((3 << 30) + (1 << 29)), "3.5 GiB");
+        assert_eq!(format_rounded(17), "17 bytes");
     }
 }

@@ -25,7 +25,8 @@ impl Text {
     pub(super) fn lines(self, event: &Event) -> Option<String> {
         Some(match event {
             Event::Run(run) => opening(run),
-            Event::StepStarted(_) | Event::Progress(_) => return None,
+            // Of a part there is a step.
+            Event::StepStarted(_) | Event::Progress(_) | Event::Part(_) => return None,
             Event::StepFinished(step) => self.step(step),
             Event::Mismatch(mismatch) => format!("{} {mismatch}", self.paint(Colour::Red, "mismatch:")),
             Event::Finding(finding) => {

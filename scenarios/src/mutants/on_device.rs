@@ -1,18 +1,13 @@
 //! Each mutant in a server of a real device: this program is started once for each, as `torture`.
 
-use std::io::{BufRead, BufReader, Read};
-use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::thread;
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use ublkit_harness::event::{DeviceRow, Event, VerdictLine};
 use ublkit_harness::mutant::OnDevice;
 use ublkit_harness::{Mutant, Verdict};
 
 use crate::context::Context;
+use crate::parts::{AFTERMATH, Child, End, Followed, WIND_DOWN};
 use crate::scenario::Failure;
 use crate::torture::mutants::arguments;
 
@@ -20,10 +15,6 @@ use crate::torture::mutants::arguments;
 const DURATION: Duration = Duration::from_secs(60);
 /// How long a run may take to start, to wind down, to notice a hang and to say so.
 const AROUND: Duration = Duration::from_secs(300);
-/// How long a run may take to end after it was asked to.
-const WIND_DOWN: Duration = Duration::from_secs(60);
-/// How often it is looked whether somebody wants an end.
-const LOOK: Duration = Duration::from_millis(200);
 
 pub(super) fn run(mutants: &[Mutant], context: &mut Context) -> Result<(), Failure> {
     context.evidence().require("tried", mutants.iter().filter(|mutant| can_be(**mutant).is_ok()).count() as u64);
@@ -117,7 +108,7 @@ fn judge(rows: &[DeviceRow]) -> Result<(), Failure> {
 
 fn try_one(mutant: Mutant, context: &mut Context) -> Result<DeviceRow, Failure> {
     let duration = context.duration().unwrap_or(DURATION);
-    let ours = duration + AROUND + WIND_DOWN + AROUND;
+    let ours = duration + AROUND + WIND_DOWN + AFTERMATH;
     context.step(mutant.name(), ours, |context| {
         let mut words = vec!["torture".to_owned()];
         words.extend(arguments(mutant.into()));
@@ -126,21 +117,54 @@ fn try_one(mutant: Mutant, context: &mut Context) -> Result<DeviceRow, Failure> 
         words.extend(["--duration".to_owned(), format!("{}ms", duration.as_millis())]);
         words.extend(context.ops().iter().flat_map(|ops| ["--ops".to_owned(), ops.to_string()]));
         words.push("--json".to_owned());
-        let child = Run::start(&words)?;
+        let child = Child::start(&words)?;
         let mut row = row_of(mutant, None, "nothing was wrong");
         row.repro = format!("ublk-torture {}", words[..words.len() - 1].join(" "));
-        let verdict = child.follow(&mut row, Instant::now() + duration + AROUND, context);
+        let followed = follow(&child, &mut row, Instant::now() + duration + AROUND, context);
         // It is waited for whatever came of it: no device is left behind.
-        let (status, stderr) = child.end()?;
-        match (verdict?, status) {
-            (Some(verdict), Some(_)) => conclude(row, &verdict, &stderr),
+        let End { status, stderr, .. } = child.end()?;
+        match (followed?, status) {
+            (Followed::Verdict(verdict), Some(_)) => conclude(row, &verdict, &stderr),
             // A hang is to be seen and told by the run itself.
-            (_, None) => Err(Failure::Hang(format!("{} had to be killed", row.repro))),
-            (None, Some(status)) => {
+            (_, None) | (Followed::Late(_), _) => Err(Failure::Hang(format!("{} had to be ended", row.repro))),
+            (Followed::Mute, Some(status)) => {
                 Err(Failure::Internal(format!("{} ended without a verdict, with {status}: {stderr}", row.repro)))
             }
         }
     })
+}
+
+/// Follows the events of a run until its end, and keeps what they say in the row.
+fn follow(child: &Child, row: &mut DeviceRow, deadline: Instant, context: &mut Context) -> Result<Followed, Failure> {
+    let mut began = Instant::now();
+    let mut wrong = false;
+    let interruption = context.interruption().clone();
+    let followed = child.follow(deadline, &interruption, &mut |event| {
+        let what = match event {
+            Event::StepStarted(step) if step.name == "torture" => {
+                began = Instant::now();
+                return;
+            }
+            Event::Progress(progress) => {
+                row.ops = progress.ops;
+                return;
+            }
+            Event::Mismatch(mismatch) => mismatch.class.to_string(),
+            Event::Finding(finding) => format!("{}: {}", finding.oracle, finding.what),
+            Event::Hang(hang) => format!("{} did not end", hang.what),
+            _ => return,
+        };
+        if !wrong {
+            wrong = true;
+            row.elapsed_ms = began.elapsed().as_millis() as u64;
+            context.detail(&what);
+            row.what = what;
+        }
+    });
+    if !wrong {
+        row.elapsed_ms = began.elapsed().as_millis() as u64;
+    }
+    followed
 }
 
 /// The row of a run that ended with a verdict.
@@ -155,132 +179,4 @@ fn conclude(mut row: DeviceRow, line: &VerdictLine, stderr: &str) -> Result<Devi
     row.hits = counted("mutant_hits").unwrap_or(0);
     row.ops = counted("ops").unwrap_or(row.ops);
     Ok(row)
-}
-
-/// A run of this program.
-struct Run {
-    child: Child,
-    events: Receiver<Event>,
-    stderr: thread::JoinHandle<String>,
-}
-
-impl Run {
-    fn start(words: &[String]) -> Result<Self, Failure> {
-        let cannot = |error| Failure::Environment(format!("cannot start this program once more: {error}"));
-        let mut child = Command::new("/proc/self/exe")
-            .args(words)
-            .env_remove(crate::cli::DURATION_VARIABLE)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .map_err(cannot)?;
-        let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
-            return Err(Failure::Internal("a child without pipes".to_owned()));
-        };
-        let events = Self::read(stdout);
-        let stderr = thread::spawn(move || last_words(stderr));
-        Ok(Self { child, events, stderr })
-    }
-
-    fn read(stdout: ChildStdout) -> Receiver<Event> {
-        let (sender, events) = mpsc::channel();
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                // A line that is none of ours is not lost: the verdict is missing then.
-                let Ok(event) = serde_json::from_str(&line) else { continue };
-                if sender.send(event).is_err() {
-                    break;
-                }
-            }
-        });
-        events
-    }
-
-    /// Follows the events until the last one or the deadline; `None` without a verdict.
-    fn follow(
-        &self,
-        row: &mut DeviceRow,
-        deadline: Instant,
-        context: &mut Context,
-    ) -> Result<Option<VerdictLine>, Failure> {
-        let mut began = Instant::now();
-        let mut wrong = false;
-        loop {
-            if context.interruption().came() {
-                self.stop();
-                return Err(Failure::Interrupted);
-            }
-            let event = match self.events.recv_timeout(LOOK) {
-                Ok(event) => event,
-                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => continue,
-                Err(_) => {
-                    self.stop();
-                    return Ok(None);
-                }
-            };
-            let what = match event {
-                Event::StepStarted(step) if step.name == "torture" => {
-                    began = Instant::now();
-                    continue;
-                }
-                Event::Progress(progress) => {
-                    row.ops = progress.ops;
-                    continue;
-                }
-                Event::Verdict(line) => {
-                    if !wrong {
-                        row.elapsed_ms = began.elapsed().as_millis() as u64;
-                    }
-                    return Ok(Some(line));
-                }
-                Event::Mismatch(mismatch) => mismatch.class.to_string(),
-                Event::Finding(finding) => format!("{}: {}", finding.oracle, finding.what),
-                Event::Hang(hang) => format!("{} did not end", hang.what),
-                _ => continue,
-            };
-            if !wrong {
-                wrong = true;
-                row.elapsed_ms = began.elapsed().as_millis() as u64;
-                context.detail(&what);
-                row.what = what;
-            }
-        }
-    }
-
-    fn signal(&self, signal: Signal) {
-        // It may have ended meanwhile; it was not waited for, so its id is nobody else's.
-        let _gone = kill(Pid::from_raw(self.child.id() as i32), signal);
-    }
-
-    fn stop(&self) {
-        self.signal(Signal::SIGTERM);
-    }
-
-    /// Waits for it, and kills it if it does not end. How it ended, unless it had to be killed, and its last words.
-    fn end(mut self) -> Result<(Option<ExitStatus>, String), Failure> {
-        let deadline = Instant::now() + WIND_DOWN;
-        let cannot = |error| Failure::Internal(format!("cannot wait for a child: {error}"));
-        let status = loop {
-            if let Some(status) = self.child.try_wait().map_err(cannot)? {
-                break Some(status);
-            }
-            if Instant::now() >= deadline {
-                self.signal(Signal::SIGKILL);
-                self.child.wait().map_err(cannot)?;
-                break None;
-            }
-            thread::sleep(LOOK);
-        };
-        Ok((status, self.stderr.join().unwrap_or_default()))
-    }
-}
-
-/// The last lines of what a child says to people.
-fn last_words(mut stderr: ChildStderr) -> String {
-    let mut bytes = Vec::new();
-    let _gone = stderr.read_to_end(&mut bytes);
-    let text = String::from_utf8_lossy(&bytes);
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(10)..].join("\n")
 }

@@ -10,6 +10,7 @@ mod child;
 mod client;
 mod flattened;
 mod freezer;
+mod lies;
 mod protocol;
 mod socket;
 mod stack;
@@ -18,6 +19,7 @@ mod witness;
 
 pub(crate) use child::main;
 pub(crate) use client::{Server, kill_all};
+pub(crate) use lies::Lie;
 pub(crate) use protocol::{Served, Status};
 pub(crate) use witness::Testimony;
 

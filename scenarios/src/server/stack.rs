@@ -17,8 +17,8 @@ use ublkit_harness::sim::server::PlainServer;
 use ublkit_harness::{Mutant, Observed, Pattern, Seed, SeededRng};
 
 use super::bridge::{Bridge, Forward, Shape};
-use super::flattened::Flattened;
 use super::freezer::Freezer;
+use super::lies::Lie;
 use super::socket::Socket;
 use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
@@ -61,7 +61,7 @@ struct Below {
     notes: Notes,
     planted: Option<Planted>,
     held_most: Duration,
-    errnos_are_lost: bool,
+    lie: Option<Lie>,
 }
 
 impl Below {
@@ -71,12 +71,13 @@ impl Below {
         let faulty = Timed::new(faulty, self.faults.clone(), self.held_most);
         // Beside a planted bug speed does not count, and more can be told of what it did.
         let witness = Arc::new(Witness::new(faulty, self.notes.clone(), self.planted.is_some()));
-        if self.errnos_are_lost {
-            return Arc::new(Flattened(witness));
-        }
-        match self.planted {
+        let backend = match self.planted {
             Some(planted) => plant_backend(planted, witness, plot),
             None => witness,
+        };
+        match self.lie {
+            Some(lie) => lie.plant(backend),
+            None => backend,
         }
     }
 }
@@ -112,7 +113,7 @@ impl Stack {
             }
         }));
         let (notes, planted, held_most) = (Notes::default(), args.mutant, args.patience.held);
-        let below = Below { storage, faults, notes, planted, held_most, errnos_are_lost: args.errnos_are_lost };
+        let below = Below { storage, faults, notes, planted, held_most, lie: args.lie };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let (top, counters) = Observed::new(Arc::clone(&socket));
         let top = Arc::new(top);
@@ -136,6 +137,7 @@ impl Stack {
 
     /// What the device declares.
     pub(super) fn declared(&self, geometry: Geometry) -> Geometry {
+        let geometry = lock(&self.below).lie.map_or(geometry, |lie| lie.declared(geometry));
         self.planted.map_or(geometry, |planted| declared_geometry(planted, geometry))
     }
 

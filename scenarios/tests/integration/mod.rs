@@ -11,6 +11,7 @@ mod faults;
 mod geometry;
 mod handlers;
 mod io;
+mod notes;
 mod orphans;
 mod queues;
 pub(crate) mod runner;
@@ -18,6 +19,7 @@ mod scenarios;
 pub(crate) mod server;
 mod sizes;
 mod start;
+mod suite;
 mod torture;
 
 pub(crate) fn all() -> Vec<runner::Case> {
@@ -36,6 +38,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         orphans::cases(),
         scenarios::cases(),
         fault::cases(),
+        suite::cases(),
         torture::cases(),
     ]
     .into_iter()

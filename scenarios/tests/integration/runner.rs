@@ -4,16 +4,19 @@ use std::any::Any;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::{Arguments, Completion, Failed, Trial};
 use nix::fcntl::{Flock, FlockArg};
+use ublk_torture::gates::{Gate, KernelVersion};
+use ublk_torture::kernel_log::KernelLog;
 use ublkit::Controller;
+
+use super::notes;
 
 /// What a trial may take unless it says otherwise; a trial takes a second or so in an emulated guest.
 const DEADLINE: Duration = Duration::from_secs(40);
@@ -26,12 +29,19 @@ const SETTLE: Duration = Duration::from_secs(8);
 pub(crate) struct Case {
     pub(crate) name: &'static str,
     pub(crate) deadline: Duration,
+    /// Left out, by name, on kernels with this bug.
+    pub(crate) gate: Option<&'static Gate>,
     pub(crate) run: fn(),
 }
 
 impl Case {
     pub(crate) const fn new(name: &'static str, run: fn()) -> Self {
-        Self { name, deadline: DEADLINE, run }
+        Self { name, deadline: DEADLINE, gate: None, run }
+    }
+
+    pub(crate) const fn gated(mut self, gate: &'static Gate) -> Self {
+        self.gate = Some(gate);
+        self
     }
 
     pub(crate) const fn within(mut self, deadline: Duration) -> Self {
@@ -40,13 +50,14 @@ impl Case {
     }
 }
 
-/// The cases of a module, named after it.
+/// The cases of a module, named after it. `unless GATE` leaves a case out, by name, on kernels that have the bug.
 macro_rules! cases {
-    ($module:literal: $($name:ident $(in $seconds:literal s)?),+ $(,)?) => {
+    ($module:literal: $($name:ident $(in $seconds:literal s)? $(unless $gate:ident)?),+ $(,)?) => {
         pub(crate) fn cases() -> Vec<super::runner::Case> {
             vec![$(
                 super::runner::Case::new(concat!($module, "::", stringify!($name)), $name)
                     $(.within(std::time::Duration::from_secs($seconds)))?
+                    $(.gated(&ublk_torture::gates::$gate))?
             ),+]
         }
     };
@@ -63,7 +74,7 @@ pub(crate) fn main() -> ExitCode {
         eprintln!("       as root on this machine: modprobe ublk_drv; anywhere else: ci/vm -- COMMAND");
         return ExitCode::from(101);
     }
-    let trials = super::all().into_iter().map(|case| Trial::test(case.name, move || run(&case))).collect();
+    let trials = super::all().into_iter().map(|case| Trial::ignorable_test(case.name, move || tell(&case))).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
@@ -73,6 +84,21 @@ fn requirements() -> Result<(), String> {
         return Err("not root".into());
     }
     Ok(())
+}
+
+/// Runs a case unless its gate is shut, and notes what came of it for the tables.
+fn tell(case: &Case) -> Result<Completion, Failed> {
+    if let Some(gate) = case.gate.filter(|gate| gate.is_shut(KernelVersion::here())) {
+        let why = format!("{}: {} (fixed: {})", gate.name, gate.bug, gate.fixed);
+        println!("gated: {}: {why}", case.name);
+        notes::gated(case.name, &why);
+        return Ok(Completion::ignored_with(format!("gated: {why}")));
+    }
+    notes::begun(case.name);
+    let begun = Instant::now();
+    let result = run(case);
+    notes::ended(case.name, result.is_ok(), begun.elapsed());
+    result.map(|()| Completion::Completed)
 }
 
 fn run(case: &Case) -> Result<(), Failed> {
@@ -96,7 +122,7 @@ fn run(case: &Case) -> Result<(), Failed> {
         Err(_) => vec![format!("not done within {:?}:\n{}", case.deadline, stacks())],
     };
     problems.extend(before.left_behind());
-    problems.extend(log.complaints());
+    problems.extend(log.complaints().map(|said| format!("the kernel complained:\n{said}")));
     if begun.elapsed() > SLOW {
         eprintln!("{}: {:.1} s", case.name, begun.elapsed().as_secs_f64());
     }
@@ -173,34 +199,5 @@ impl Footprint {
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-    }
-}
-
-/// The kernel's messages from some moment on.
-struct KernelLog(File);
-
-impl KernelLog {
-    fn from_here() -> io::Result<Self> {
-        let mut log = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open("/dev/kmsg")?;
-        log.seek(SeekFrom::End(0))?;
-        Ok(Self(log))
-    }
-
-    /// What a sound kernel never says. I/O errors are not among it: the trials cause them.
-    fn complaints(&mut self) -> Option<String> {
-        const ALARMS: [&str; 6] =
-            ["WARNING:", "BUG:", "Oops", "blocked for more than", "general protection", "rcu: INFO"];
-        let mut record = [0; 8192];
-        let mut text = String::new();
-        // One record for each read, until there is none; one that was overwritten meanwhile is an error of its own.
-        for _ in 0..100_000 {
-            match self.0.read(&mut record) {
-                Ok(len) => text.push_str(&String::from_utf8_lossy(&record[..len])),
-                Err(error) if error.raw_os_error() == Some(nix::libc::EPIPE) => {}
-                Err(_) => break,
-            }
-        }
-        let found = ALARMS.iter().any(|alarm| text.contains(alarm));
-        found.then(|| format!("the kernel complained:\n{text}"))
     }
 }

@@ -10,7 +10,6 @@ use ublkit::ctrl::block_path;
 use super::runner::cases;
 
 cases!("scenarios":
-    probe_passes in 120 s,
     torture_passes_copied_by_the_driver_inline in 60 s,
     torture_passes_copied_by_the_server_with_workers_over_a_file in 60 s,
     torture_names_a_lost_write_and_its_repro_fails_again in 90 s,
@@ -47,10 +46,6 @@ fn passes(arguments: &str) {
     let verdict = verdict(arguments, 0);
     assert_eq!(verdict["verdict"], "pass", "{verdict}");
     assert!(verdict["evidence"].as_object().is_some_and(|evidence| !evidence.is_empty()), "{verdict}");
-}
-
-fn probe_passes() {
-    passes("probe --seed 1 --size 64M");
 }
 
 fn torture_passes_copied_by_the_driver_inline() {

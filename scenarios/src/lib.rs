@@ -12,12 +12,16 @@
 #![forbid(unsafe_code)]
 
 pub mod aligned;
+mod backtrace;
 pub mod cli;
 mod clock;
 pub mod context;
+mod dump;
 pub mod environment;
 pub mod gates;
+mod in_flight;
 mod inventory;
+pub mod kernel_log;
 pub mod mutants;
 mod page;
 pub mod probe;

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use clap::ValueEnum;
 use nix::libc;
@@ -20,7 +21,7 @@ use ublkit_harness::{DiscardPromise, Evidence};
 
 use crate::context::Context;
 use crate::scenario::Failure;
-use crate::server::{Served, Server, Status, Testimony};
+use crate::server::{Hang, Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
 
@@ -100,7 +101,16 @@ pub struct TargetArgs {
     /// Faults between the device and its storage, once they are switched on
     #[arg(skip)]
     pub faults: FaultPlan,
+    /// Where the server hangs, once it has to.
+    #[arg(skip)]
+    pub(crate) hang: Option<Hang>,
+    /// How long the kernel may take to stop the device before the server lets its requests fail.
+    #[arg(skip = STOP_DEADLINE)]
+    pub(crate) stop_deadline: Duration,
 }
+
+/// As long as the library gives it.
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
 
 /// A set of [`Capability`].
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -198,7 +208,10 @@ impl TargetArgs {
     }
 
     fn serve_by(&self, context: &Context, server: Arc<Server>, storage: Option<usize>) -> Result<Target, Failure> {
-        let (device, index) = server.serve(self, context.seed(), storage)?;
+        // A server that is killed with a STOP under way may not end: it has to have given up before.
+        let stop_deadline = context.at_most(self.stop_deadline * 2) / 2;
+        let args = Self { stop_deadline, ..self.clone() };
+        let (device, index) = server.serve(&args, context.seed(), storage)?;
         context.record.made(device.id);
         Ok(Target {
             served: device,

@@ -9,6 +9,7 @@ use ublkit_harness::Seed;
 use super::freezer::Freezer;
 use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
 use super::stack::{Stack, Storage};
+use crate::in_flight::InFlight;
 use crate::inventory::Inventory;
 use crate::scenario::Failure;
 use crate::target::{Made, Mode, TargetArgs};
@@ -24,6 +25,7 @@ struct Serving {
 struct Server {
     storages: Vec<Storage>,
     devices: Vec<Option<Serving>>,
+    in_flight: InFlight,
     /// What this process had before its first device.
     before: Option<Inventory>,
 }
@@ -31,6 +33,10 @@ struct Server {
 /// Runs the server until its standard input ends, and returns its exit status.
 pub(crate) fn main() -> u8 {
     let mut server = Server::default();
+    if let Err(error) = super::teller::start(server.in_flight.clone()) {
+        let text = format!("what the server has in flight cannot be told of, should it hang: {error}");
+        let _ = say(&Reply::Note(text), &[]);
+    }
     for line in io::stdin().lock().lines() {
         let Ok(line) = line else { break };
         let reply = match serde_json::from_str(&line) {
@@ -53,6 +59,7 @@ fn builder<S: Serve>(builder: DeviceBuilder<S>, args: &TargetArgs, geometry: Geo
         .queues(args.queues)
         .depth(args.depth)
         .max_io_bytes(args.max_io)
+        .stop_deadline(args.stop_deadline)
         .data_mode(match args.mode {
             Mode::Copy => DataMode::Copy,
             Mode::UserCopy => DataMode::UserCopy,
@@ -145,7 +152,7 @@ impl Server {
         if self.devices.iter().all(Option::is_none) {
             self.before = Some(Inventory::take());
         }
-        let stack = Stack::new(below, args, seed)?;
+        let stack = Stack::new(below, args, seed, self.in_flight.clone())?;
         let geometry = stack.declared(args.geometry());
         let device = match stack.handlers() {
             None => builder(Device::builder(stack.backend()).workers(args.workers_backend), args, geometry).start(),

@@ -9,15 +9,20 @@ mod bridge;
 mod child;
 mod client;
 mod freezer;
+mod hang;
+mod noted;
 mod protocol;
 mod socket;
 mod stack;
+mod teller;
 mod timed;
 mod witness;
 
 pub(crate) use child::main;
-pub(crate) use client::{Server, kill_all};
+pub(crate) use client::{Server, kill_all, running_now};
+pub(crate) use hang::{Hang, never_returns};
 pub(crate) use protocol::{Served, Status};
+pub(crate) use teller::ask;
 pub(crate) use witness::Testimony;
 
 /// The argument with which this program becomes a server.

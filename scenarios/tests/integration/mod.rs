@@ -9,7 +9,9 @@ mod errnos;
 mod faults;
 mod geometry;
 mod handlers;
+mod hangs;
 mod io;
+mod kernel_log;
 mod orphans;
 mod queues;
 pub(crate) mod runner;
@@ -35,6 +37,8 @@ pub(crate) fn all() -> Vec<runner::Case> {
         orphans::cases(),
         scenarios::cases(),
         torture::cases(),
+        hangs::cases(),
+        kernel_log::cases(),
     ]
     .into_iter()
     .flatten()

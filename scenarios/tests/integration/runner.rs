@@ -4,8 +4,7 @@ use std::any::Any;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
@@ -13,7 +12,9 @@ use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Failed, Trial};
 use nix::fcntl::{Flock, FlockArg};
+use ublk_torture::kernel_log::KernelLog;
 use ublkit::Controller;
+use ublkit_harness::kernel_log::complaints;
 
 /// What a trial may take unless it says otherwise; a trial takes a second or so in an emulated guest.
 const DEADLINE: Duration = Duration::from_secs(40);
@@ -96,7 +97,7 @@ fn run(case: &Case) -> Result<(), Failed> {
         Err(_) => vec![format!("not done within {:?}:\n{}", case.deadline, stacks())],
     };
     problems.extend(before.left_behind());
-    problems.extend(log.complaints());
+    problems.extend(kernel_complaints(&mut log));
     if begun.elapsed() > SLOW {
         eprintln!("{}: {:.1} s", case.name, begun.elapsed().as_secs_f64());
     }
@@ -176,31 +177,13 @@ impl Footprint {
     }
 }
 
-/// The kernel's messages from some moment on.
-struct KernelLog(File);
+/// What a trial writes to the kernel's log itself has this in it.
+pub(crate) const PLANTED: &str = "planted/by/a/trial";
 
-impl KernelLog {
-    fn from_here() -> io::Result<Self> {
-        let mut log = OpenOptions::new().read(true).custom_flags(nix::libc::O_NONBLOCK).open("/dev/kmsg")?;
-        log.seek(SeekFrom::End(0))?;
-        Ok(Self(log))
-    }
-
-    /// What a sound kernel never says. I/O errors are not among it: the trials cause them.
-    fn complaints(&mut self) -> Option<String> {
-        const ALARMS: [&str; 6] =
-            ["WARNING:", "BUG:", "Oops", "blocked for more than", "general protection", "rcu: INFO"];
-        let mut record = [0; 8192];
-        let mut text = String::new();
-        // One record for each read, until there is none; one that was overwritten meanwhile is an error of its own.
-        for _ in 0..100_000 {
-            match self.0.read(&mut record) {
-                Ok(len) => text.push_str(&String::from_utf8_lossy(&record[..len])),
-                Err(error) if error.raw_os_error() == Some(nix::libc::EPIPE) => {}
-                Err(_) => break,
-            }
-        }
-        let found = ALARMS.iter().any(|alarm| text.contains(alarm));
-        found.then(|| format!("the kernel complained:\n{text}"))
-    }
+/// What a sound kernel never says. I/O errors are not among it: the trials cause them.
+fn kernel_complaints(log: &mut KernelLog) -> Vec<String> {
+    let mut records = log.read();
+    records.retain(|record| !record.text.contains(PLANTED));
+    let told = complaints(&records, false).into_iter();
+    told.map(|complaint| format!("the kernel complained:\n{}", complaint.excerpt.join("\n"))).collect()
 }

@@ -43,10 +43,10 @@ impl Record {
             return None;
         }
         let has = |part: &&str| self.text.contains(*part);
-        if LOST_WRITES.iter().any(|part| has(part)) {
+        if LOST_WRITES.iter().any(has) {
             return Some(Alarm::LostWrite);
         }
-        if IO_ERRORS.iter().any(|part| has(part)) {
+        if IO_ERRORS.iter().any(has) {
             return Some(Alarm::IoError);
         }
         KERNEL.iter().find(|(part, _)| has(part)).map(|(_, alarm)| *alarm)

@@ -112,21 +112,20 @@ impl Stack {
         // Behind a bridge a request is in flight from its arrival on, and is noted there.
         let top: Arc<dyn Backend> =
             if bridged { Arc::new(top) } else { Arc::new(InTable { inner: top, table: in_flight.clone() }) };
-        let bridge = match bridged {
-            true => {
-                let (backend, plot) = (Arc::clone(&top), plot.clone());
-                let make = move |why| -> Box<dyn Server> {
-                    let plain = Box::new(PlainServer::new(Arc::clone(&backend), REORDER));
-                    match in_server {
-                        Some(planted) => plant_server(planted, plain, &plot.again(why, plot.medium.clone())),
-                        None => plain,
-                    }
-                };
-                let shape = Shape { queues: args.queues, depth: args.depth, max_io_bytes: args.max_io };
-                let bridge = Bridge::start(shape, Box::new(make), seed.derive("bridge", 0).rng());
-                Some(bridge.map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))?)
-            }
-            false => None,
+        let bridge = if bridged {
+            let (backend, plot) = (Arc::clone(&top), plot.clone());
+            let make = move |why| -> Box<dyn Server> {
+                let plain = Box::new(PlainServer::new(Arc::clone(&backend), REORDER));
+                match in_server {
+                    Some(planted) => plant_server(planted, plain, &plot.again(why, plot.medium.clone())),
+                    None => plain,
+                }
+            };
+            let shape = Shape { queues: args.queues, depth: args.depth, max_io_bytes: args.max_io };
+            let bridge = Bridge::start(shape, Box::new(make), seed.derive("bridge", 0).rng());
+            Some(bridge.map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))?)
+        } else {
+            None
         };
         let power = Mutex::new(seed.derive("power", 0).rng());
         Ok(Self { socket, top, counters, below, plot, bridge, hang, in_flight, power, admitted })

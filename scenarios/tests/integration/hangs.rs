@@ -57,7 +57,6 @@ impl Run {
 
     /// Waits for its end, which has to come in time, with status 3 and nothing left.
     fn hangs(mut self, deadline: Duration) -> Ended {
-        let before = ids();
         let until = self.begun + UNTIL + deadline + AFTER;
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
@@ -70,7 +69,6 @@ impl Run {
         let read = |file: &str| std::fs::read_to_string(report.path().join(file)).unwrap_or_default();
         let text = read("report.txt");
         assert_eq!(status.code(), Some(3), "{text}");
-        assert!(!before.is_empty() || text.contains("hang: start"), "there was a device");
         let events: Vec<Value> =
             read("events.jsonl").lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
         let last = events.last().expect("events");

@@ -20,7 +20,7 @@ use crate::threads::{ThreadDump, dump_threads};
 /// How long the kernel may take to say where the threads stand. It answers at once, but for a process in `execve`.
 const LOOK: Duration = Duration::from_secs(1);
 /// How long those who are asked for more may take, all together.
-const PATIENCE: Duration = Duration::from_secs(4);
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a report takes at most.
 pub const REPORT_MAX: Duration = Duration::from_secs(LOOK.as_secs() + PATIENCE.as_secs());
 
@@ -169,7 +169,7 @@ impl Watchdog {
     }
 
     /// Asks `tell` for more lines when a deadline passes, on a thread of its own, which is left behind if it does not
-    /// answer within four seconds.
+    /// answer within five seconds.
     pub fn ask(&self, who: impl Into<String>, tell: impl Fn() -> Vec<String> + Send + Sync + 'static) {
         self.tell(Message::Ask { who: who.into(), tell: Arc::new(tell) });
     }
@@ -433,7 +433,7 @@ mod tests {
         let report = reports.recv_timeout(PATIENCE * 5).expect("it hangs");
         assert!(begun.elapsed() < REPORT_MAX * 2, "they are asked at the same time");
         assert_eq!(report.notes.len(), 6, "{report}");
-        assert!(report.notes[0].starts_with("silent: no answer within 4."), "{report}");
+        assert!(report.notes[0].starts_with("silent: no answer within 5."), "{report}");
         assert_eq!(report.notes[5], "talkative: here");
     }
 

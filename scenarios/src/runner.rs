@@ -34,7 +34,7 @@ use crate::server;
 const LAST_WORDS: Duration = Duration::from_secs(1);
 /// How long it may take to put an end to a run once everything is told of its hang: after that, the process ends all the
 /// same. With [`REPORT_MAX`], less than the ten seconds by which a hang may outlive its deadline.
-const LAST_RESORT: Duration = Duration::from_millis(4800);
+const LAST_RESORT: Duration = Duration::from_millis(3800);
 const _: () = assert!(REPORT_MAX.as_millis() + LAST_RESORT.as_millis() < 10_000, "ten seconds");
 /// How long a run may take to end after it was asked to.
 const WIND_DOWN: Duration = Duration::from_secs(120);

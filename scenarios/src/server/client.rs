@@ -23,9 +23,9 @@ use crate::torture::outage::Outage;
 /// How long a server may take to end once its pipe is closed; it has its own bounds for closing devices.
 const END_DEADLINE: Duration = Duration::from_secs(60);
 /// How long killed servers may take to vanish.
-const KILL_DEADLINE: Duration = Duration::from_secs(2);
+const KILL_DEADLINE: Duration = Duration::from_millis(1500);
 /// How long their devices may take to be deleted, all together.
-const DELETE_DEADLINE: Duration = Duration::from_millis(1500);
+const DELETE_DEADLINE: Duration = Duration::from_millis(1200);
 /// How long to try for a lock that is held for moments only.
 const LOCK_PATIENCE: Duration = Duration::from_millis(100);
 

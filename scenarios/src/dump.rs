@@ -19,7 +19,7 @@ use crate::kernel_log::KernelLog;
 use crate::server::{ask, running_now};
 
 /// How long a server may take to answer.
-const ANSWER: Duration = Duration::from_secs(1);
+const ANSWER: Duration = Duration::from_secs(3);
 /// How long it may take to look at every thread of the machine.
 const LOOK: Duration = Duration::from_secs(3);
 /// Lines of the kernel's log that are told.

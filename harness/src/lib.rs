@@ -37,6 +37,7 @@ pub mod errors;
 pub mod event;
 pub mod fault;
 pub mod flushes;
+pub mod kernel_log;
 pub mod ledger;
 pub mod linear;
 pub mod matrix;

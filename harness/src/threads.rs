@@ -3,6 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
+use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +24,9 @@ pub struct ThreadDump {
     pub syscall: String,
     /// The kernel stack, innermost first; only root is told.
     pub stack: Vec<String>,
+    /// The functions of the program itself, innermost first; empty where nobody could look.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub user: Vec<String>,
 }
 
 /// Where each thread of process `pid` stands, by thread id; `proc_root` is `/proc` but in tests.
@@ -38,6 +42,30 @@ pub fn dump_threads(proc_root: &Path, pid: u32) -> Vec<ThreadDump> {
     tids.into_iter().filter_map(|tid| dump_thread(&tasks.join(tid.to_string()), pid, tid)).collect()
 }
 
+/// Where each thread of the machine stands that sleeps and cannot be interrupted, and whether all were looked at by
+/// `until`.
+#[must_use]
+pub fn dump_uninterruptible(proc_root: &Path, until: Instant) -> (Vec<ThreadDump>, bool) {
+    let Ok(entries) = fs::read_dir(proc_root) else { return (Vec::new(), false) };
+    let mut pids: Vec<u32> = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect();
+    pids.sort_unstable();
+    let mut threads = Vec::new();
+    for pid in pids {
+        if Instant::now() > until {
+            return (threads, false);
+        }
+        let tasks = proc_root.join(pid.to_string()).join("task");
+        let Ok(entries) = fs::read_dir(&tasks) else { continue };
+        let tids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+        let asleep = tids.filter(|tid: &u32| {
+            let stat = read(&tasks.join(tid.to_string()), "stat").unwrap_or_default();
+            stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D'))
+        });
+        threads.extend(asleep.filter_map(|tid| dump_thread(&tasks.join(tid.to_string()), pid, tid)));
+    }
+    (threads, true)
+}
+
 fn dump_thread(task: &Path, pid: u32, tid: u32) -> Option<ThreadDump> {
     let stat = read(task, "stat")?;
     // The name stands in parentheses and may hold any character, a parenthesis too.
@@ -51,6 +79,7 @@ fn dump_thread(task: &Path, pid: u32, tid: u32) -> Option<ThreadDump> {
         wchan: wchan.unwrap_or_default(),
         syscall: read(task, "syscall").unwrap_or_default(),
         stack: read(task, "stack").unwrap_or_default().lines().map(function).collect(),
+        user: Vec::new(),
     })
 }
 
@@ -64,7 +93,7 @@ fn function(line: &str) -> String {
     line.split_once("] ").map_or(line, |(_, function)| function).to_owned()
 }
 
-/// One line, and one more for each function of the stack.
+/// One line, and one more for each function: the kernel's first, and then, with a dash, the program's.
 impl fmt::Display for ThreadDump {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{} {} {}", self.pid, self.tid, self.comm, self.state)?;
@@ -74,7 +103,8 @@ impl fmt::Display for ThreadDump {
         if !self.syscall.is_empty() {
             write!(f, " (syscall {})", self.syscall)?;
         }
-        self.stack.iter().try_for_each(|function| write!(f, "\n    {function}"))
+        self.stack.iter().try_for_each(|function| write!(f, "\n    {function}"))?;
+        self.user.iter().try_for_each(|function| write!(f, "\n    - {function}"))
     }
 }
 
@@ -83,6 +113,7 @@ mod tests {
     use std::path::PathBuf;
     use std::sync::mpsc;
     use std::thread;
+    use std::time::Duration;
 
     use super::*;
 
@@ -126,6 +157,9 @@ mod tests {
             "7/9 queue (0) x D in blk_mq_get_tag (syscall 18 0x3 0x0)\n    blk_mq_get_tag+0x11/0x2a\n    submit_bio+0x5/0x9"
         );
         assert!(dump_threads(&proc.0, 8).is_empty());
+        let (asleep, complete) = dump_uninterruptible(&proc.0, Instant::now() + Duration::from_secs(60));
+        assert_eq!((asleep.iter().map(|thread| thread.tid).collect::<Vec<_>>(), complete), (vec![9], true));
+        assert_eq!(dump_uninterruptible(&proc.0, Instant::now()), (Vec::new(), false));
     }
 
     #[test]

@@ -2,13 +2,14 @@
 //!
 //! Every wait has a deadline. When one passes, the watchdog's thread looks at where every thread stands, asks whoever
 //! registered for what they know, and hands all of it over, once. It shares no lock with what it watches: guards talk to
-//! it through a channel, and those who are asked are each given a thread of their own and limited time.
+//! it through a channel, and those who are asked are each given a thread of their own, all at the same time, and limited
+//! time. So a report takes no longer than [`REPORT_MAX`], whatever hangs.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,8 +17,12 @@ use std::time::{Duration, Instant};
 use crate::event::Hang;
 use crate::threads::{ThreadDump, dump_threads};
 
-/// How long someone who is asked for more lines may take.
-const PATIENCE: Duration = Duration::from_secs(2);
+/// How long the kernel may take to say where the threads stand. It answers at once, but for a process in `execve`.
+const LOOK: Duration = Duration::from_secs(1);
+/// How long those who are asked for more may take, all together.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How long a report takes at most.
+pub const REPORT_MAX: Duration = Duration::from_secs(LOOK.as_secs() + PATIENCE.as_secs());
 
 /// A point in time by which something has to be over.
 #[derive(Clone, Copy, Debug)]
@@ -40,17 +45,35 @@ pub struct HangReport {
 }
 
 /// Where a watchdog looks.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct WatchdogOptions {
     /// `/proc`, but in tests.
     pub proc_root: PathBuf,
+    /// Says where the threads of processes stand in user space, within the time that it is given, and why some are
+    /// missing. Nobody can say so by default.
+    pub backtraces: Option<Arc<Backtraces>>,
 }
+
+/// Where one thread stands in user space.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct UserStack {
+    /// The process.
+    pub pid: u32,
+    /// The thread.
+    pub tid: u32,
+    /// Its functions, innermost first.
+    pub frames: Vec<String>,
+}
+
+/// What says where the threads of processes stand in user space: see [`WatchdogOptions::backtraces`].
+pub type Backtraces = dyn Fn(&[u32], Duration) -> (Vec<UserStack>, Vec<String>) + Send + Sync;
 
 /// A thread that waits for deadlines to pass. Dropping it ends the thread; guards that are left watch no more.
 #[derive(Debug)]
 pub struct Watchdog {
     sender: Sender<Message>,
     next_id: AtomicU64,
+    expired: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -70,6 +93,7 @@ enum Message {
     Disarm(u64),
     Process(u32),
     Ask { who: String, tell: Arc<Tell> },
+    Expire { what: String, allowed: Duration },
     End,
 }
 
@@ -113,14 +137,16 @@ impl Watchdog {
     /// When the thread cannot be started.
     pub fn start(options: WatchdogOptions, on_hang: impl FnOnce(HangReport) + Send + 'static) -> io::Result<Self> {
         let (sender, receiver) = mpsc::channel();
+        let expired = Arc::new(AtomicBool::new(false));
+        let tell = Arc::clone(&expired);
         let watch = move || {
-            let mut watch = Watch { options, pids: vec![std::process::id()], ..Watch::default() };
+            let mut watch = Watch { options, pids: vec![std::process::id()], expired: tell, ..Watch::default() };
             if let Some(report) = watch.until_a_deadline_passes(&receiver) {
                 on_hang(report);
             }
         };
         let thread = thread::Builder::new().name("watchdog".to_owned()).spawn(watch)?;
-        Ok(Self { sender, next_id: AtomicU64::new(0), thread: Some(thread) })
+        Ok(Self { sender, next_id: AtomicU64::new(0), expired, thread: Some(thread) })
     }
 
     /// Watches `what` until the guard is dropped or `allowed` is over. For steps, not for single operations: each guard is
@@ -137,9 +163,21 @@ impl Watchdog {
         self.tell(Message::Process(pid));
     }
 
-    /// Asks `tell` for more lines when a deadline passes. One that does not answer within two seconds is passed over.
+    /// Reports `what` as a hang now: it was given up in an orderly way, after `allowed`.
+    pub fn expire(&self, what: impl Into<String>, allowed: Duration) {
+        self.tell(Message::Expire { what: what.into(), allowed });
+    }
+
+    /// Asks `tell` for more lines when a deadline passes, on a thread of its own, which is left behind if it does not
+    /// answer within five seconds.
     pub fn ask(&self, who: impl Into<String>, tell: impl Fn() -> Vec<String> + Send + Sync + 'static) {
         self.tell(Message::Ask { who: who.into(), tell: Arc::new(tell) });
+    }
+
+    /// Whether a deadline has passed: what is found out since, or comes to an end, changes nothing any more.
+    #[must_use]
+    pub fn has_expired(&self) -> bool {
+        self.expired.load(Ordering::SeqCst)
     }
 
     fn tell(&self, message: Message) {
@@ -178,6 +216,7 @@ impl Drop for Guard {
 #[derive(Default)]
 struct Watch {
     options: WatchdogOptions,
+    expired: Arc<AtomicBool>,
     pids: Vec<u32>,
     armed: Vec<(u64, String, Deadline)>,
     asked: Vec<(String, Arc<Tell>)>,
@@ -198,6 +237,7 @@ impl Watch {
                 Ok(Message::Disarm(id)) => self.armed.retain(|(armed, _, _)| *armed != id),
                 Ok(Message::Process(pid)) => self.pids.push(pid),
                 Ok(Message::Ask { who, tell }) => self.asked.push((who, tell)),
+                Ok(Message::Expire { what, allowed }) => return Some(self.report(what, allowed)),
                 Ok(Message::End) | Err(RecvTimeoutError::Disconnected) => return None,
                 Err(RecvTimeoutError::Timeout) => {
                     if let Some((_, what, deadline)) = self.armed.iter().find(|(_, _, deadline)| deadline.is_over()) {
@@ -209,28 +249,95 @@ impl Watch {
     }
 
     fn report(&self, what: String, allowed: Duration) -> HangReport {
-        // The threads first: asking may wake some of them.
-        let threads = self.pids.iter().flat_map(|pid| dump_threads(&self.options.proc_root, *pid)).collect();
-        let notes = self.asked.iter().flat_map(|(who, tell)| answer(who, Arc::clone(tell))).collect();
+        self.expired.store(true, Ordering::SeqCst);
+        let (proc_root, pids) = (self.options.proc_root.clone(), self.pids.clone());
+        // Before all else: to be asked, and to be looked at, wakes some of them.
+        let look = Left::begin("look", move || {
+            pids.iter().flat_map(|pid| dump_threads(&proc_root, *pid)).collect::<Vec<_>>()
+        });
+        let mut notes = Vec::new();
+        let mut threads = look.end(Instant::now() + LOOK).unwrap_or_else(|why| {
+            notes.push(format!("kernel stacks: {why}"));
+            Vec::new()
+        });
+        let until = Instant::now() + PATIENCE;
+        let backtraces = self.options.backtraces.clone().map(|backtraces| {
+            let pids = self.pids.clone();
+            // It ends by itself, a little earlier, with what it has by then.
+            Left::begin("backtraces", move || backtraces(&pids, PATIENCE * 9 / 10))
+        });
+        let asked: Vec<_> = self
+            .asked
+            .iter()
+            .map(|(who, tell)| {
+                let tell = Arc::clone(tell);
+                (who, Left::begin("asked", move || tell()))
+            })
+            .collect();
+        for (who, answer) in asked {
+            match answer.end(until) {
+                Ok(lines) => notes.extend(lines.into_iter().map(|line| format!("{who}: {line}"))),
+                Err(why) => notes.push(format!("{who}: {why}")),
+            }
+        }
+        match backtraces.map(|backtraces| backtraces.end(until)) {
+            Some(Ok((stacks, remarks))) => {
+                put(&mut threads, stacks);
+                notes.extend(remarks);
+            }
+            Some(Err(why)) => notes.push(format!("backtraces: {why}")),
+            None => {}
+        }
         HangReport { what, allowed, threads, notes }
     }
 }
 
-/// What `tell` says, from a thread that is left behind if it does not come back.
-fn answer(who: &str, tell: Arc<Tell>) -> Vec<String> {
-    let (sender, receiver) = mpsc::channel();
-    let asked = thread::Builder::new().name("asked".to_owned()).spawn(move || sender.send(tell()));
-    match asked.map(|_left_behind| receiver.recv_timeout(PATIENCE)) {
-        Ok(Ok(lines)) => lines.into_iter().map(|line| format!("{who}: {line}")).collect(),
-        Ok(Err(RecvTimeoutError::Timeout)) => vec![format!("{who}: no answer within {} s", PATIENCE.as_secs())],
-        Ok(Err(RecvTimeoutError::Disconnected)) => vec![format!("{who}: panicked when asked")],
-        Err(error) => vec![format!("{who}: could not be asked: {error}")],
+/// Puts each stack to its thread. A thread that began since is none that hangs, but one of those that look.
+fn put(threads: &mut [ThreadDump], stacks: Vec<UserStack>) {
+    for UserStack { pid, tid, frames } in stacks {
+        if let Some(thread) = threads.iter_mut().find(|thread| (thread.pid, thread.tid) == (pid, tid)) {
+            thread.user = frames;
+        }
+    }
+}
+
+/// Something that is done on a thread which is left behind if it does not come back.
+struct Left<T> {
+    begun: Instant,
+    receiver: io::Result<Receiver<T>>,
+}
+
+impl<T: Send + 'static> Left<T> {
+    fn begin(name: &str, work: impl FnOnce() -> T + Send + 'static) -> Self {
+        let (sender, receiver) = mpsc::channel();
+        let begun = Instant::now();
+        let thread = thread::Builder::new().name(name.to_owned()).spawn(move || sender.send(work()));
+        Self { begun, receiver: thread.map(|_left_behind| receiver) }
+    }
+
+    /// What it made, or why there is nothing.
+    fn end(self, until: Instant) -> Result<T, String> {
+        let receiver = self.receiver.map_err(|error| format!("could not be asked: {error}"))?;
+        receiver.recv_timeout(until.saturating_duration_since(Instant::now())).map_err(|error| match error {
+            RecvTimeoutError::Timeout => format!("no answer within {:.1} s", self.begun.elapsed().as_secs_f64()),
+            RecvTimeoutError::Disconnected => "panicked when asked".to_owned(),
+        })
     }
 }
 
 impl Default for WatchdogOptions {
     fn default() -> Self {
-        Self { proc_root: PathBuf::from("/proc") }
+        Self { proc_root: PathBuf::from("/proc"), backtraces: None }
+    }
+}
+
+impl fmt::Debug for WatchdogOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { proc_root, backtraces } = self;
+        f.debug_struct("WatchdogOptions")
+            .field("proc_root", proc_root)
+            .field("backtraces", &backtraces.is_some())
+            .finish()
     }
 }
 
@@ -241,6 +348,7 @@ impl fmt::Debug for Message {
             Self::Disarm(_) => "Disarm",
             Self::Process(_) => "Process",
             Self::Ask { .. } => "Ask",
+            Self::Expire { .. } => "Expire",
             Self::End => "End",
         })
     }
@@ -288,6 +396,7 @@ mod tests {
         assert!(report.threads.iter().any(|thread| thread.comm == "watchdog"), "{report}");
         assert_eq!(report.notes, ["in flight: 2 requests", "broken: panicked when asked"]);
         assert!(report.to_string().starts_with("stuck did not end within 0.0 s\n  "), "{report}");
+        assert!(watchdog.has_expired());
         // Only the first hang is reported, and what comes after does no harm.
         drop(watchdog.guard("later", Duration::ZERO));
         assert!(reports.recv_timeout(Duration::from_millis(50)).is_err());
@@ -307,18 +416,44 @@ mod tests {
         assert!(reports.try_recv().is_err());
     }
 
-    /// Someone who holds the lock that the hung thread waits for cannot hold up the report.
+    /// Those who hold the lock that the hung thread waits for cannot hold up the report, however many they are.
     #[test]
     fn who_does_not_answer_is_passed_over() {
         let (watchdog, reports) = watchdog();
-        watchdog.ask("silent", || {
-            loop {
-                thread::park();
-            }
-        });
+        for _ in 0..5 {
+            watchdog.ask("silent", || {
+                loop {
+                    thread::park();
+                }
+            });
+        }
+        watchdog.ask("talkative", || vec!["here".to_owned()]);
+        let begun = Instant::now();
         let _stuck = watchdog.guard("stuck", Duration::from_millis(1));
         let report = reports.recv_timeout(PATIENCE * 5).expect("it hangs");
-        assert_eq!(report.notes, ["silent: no answer within 2 s"]);
+        assert!(begun.elapsed() < REPORT_MAX * 2, "they are asked at the same time");
+        assert_eq!(report.notes.len(), 6, "{report}");
+        assert!(report.notes[0].starts_with("silent: no answer within 5."), "{report}");
+        assert_eq!(report.notes[5], "talkative: here");
+    }
+
+    #[test]
+    fn what_was_given_up_is_reported_with_backtraces() {
+        let (sender, reports) = mpsc::channel();
+        let own = std::process::id();
+        let backtraces = move |pids: &[u32], _: Duration| {
+            let frames = vec!["main at main.rs:1".to_owned()];
+            (vec![UserStack { pid: pids[0], tid: pids[0], frames }], vec!["one is missing".to_owned()])
+        };
+        let options = WatchdogOptions { backtraces: Some(Arc::new(backtraces)), ..WatchdogOptions::default() };
+        let watchdog = Watchdog::start(options, move |report| drop(sender.send(report))).expect("a thread");
+        watchdog.expire("close", Duration::from_secs(3));
+        let report = reports.recv_timeout(PATIENCE * 5).expect("reported");
+        assert_eq!((report.what.as_str(), report.allowed.as_secs()), ("close", 3));
+        let main = report.threads.iter().find(|thread| thread.tid == own).expect("the first thread");
+        assert_eq!(main.user, ["main at main.rs:1"]);
+        assert!(report.to_string().contains("\n    - main at main.rs:1"), "{report}");
+        assert_eq!(report.notes, ["one is missing"]);
     }
 
     #[test]

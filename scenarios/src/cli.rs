@@ -15,6 +15,7 @@ use serde_json::json;
 use ublkit_harness::Seed;
 use ublkit_harness::verdict::EXIT_USAGE;
 
+use crate::backtrace;
 use crate::matrix;
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
@@ -60,6 +61,9 @@ pub struct CommonArgs {
     /// Write a JUnit report to this file: a case for each step, and the verdict
     #[arg(long, value_name = "FILE")]
     pub junit: Option<PathBuf>,
+    /// End the run as hung, with status 3, when any step of it takes longer than this
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub deadline: Option<Duration>,
     /// Print JSON lines, and nothing else, on standard output
     #[arg(long)]
     pub json: bool,
@@ -81,6 +85,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
 fn dispatch(args: &[OsString]) -> u8 {
     if args.get(1).is_some_and(|arg| arg == server::ARGUMENT) {
         return server::main();
+    }
+    if args.get(1).is_some_and(|arg| arg == backtrace::ARGUMENT) {
+        return backtrace::main(&args[2..]);
     }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,

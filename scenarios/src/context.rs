@@ -75,7 +75,14 @@ pub struct Context {
     pub(crate) interruption: Interruption,
     pub(crate) record: RunRecord,
     pub(crate) detail: String,
+    /// What no step may take longer than.
+    pub(crate) deadline: Option<Duration>,
+    /// The kernel may not complain of I/O errors.
+    pub(crate) io_is_sound: bool,
 }
+
+/// How long a step that has failed waits for the watchdog to end the process: longer than that takes.
+const LOST: Duration = Duration::from_secs(60);
 
 impl Context {
     /// The seed of the run.
@@ -126,6 +133,11 @@ impl Context {
         &self.interruption
     }
 
+    /// `deadline`, or what no step may take longer than, whichever is shorter.
+    pub(crate) fn at_most(&self, deadline: Duration) -> Duration {
+        self.deadline.map_or(deadline, |most| most.min(deadline))
+    }
+
     /// A remark for the reader.
     pub fn note(&self, text: impl Into<String>) {
         self.sink.send(Event::note(text));
@@ -142,13 +154,20 @@ impl Context {
         shut
     }
 
+    /// From here on, if the kernel complains of a device's I/O errors or of lost writes, the run has failed: nobody injects
+    /// any, and no device goes away under those who use it. All its other complaints count in any case.
+    pub fn no_io_errors(&mut self) {
+        self.io_is_sound = true;
+    }
+
     /// Says what the step that is under way saw, for its closing event. Said twice, the last one counts.
     pub fn detail(&mut self, text: impl Into<String>) {
         self.detail = text.into();
     }
 
     /// Does one part of the scenario: tells that it begins and how it ended, and has the watchdog end the process with
-    /// a full dump if it is not over by `deadline`. A broken promise is reported at once.
+    /// a full dump if it is not over by `deadline`, or by `--deadline` if that is shorter. It does the same when `work`
+    /// returns [`Failure::Hang`]. A broken promise is reported at once.
     ///
     /// Its last waits should be shorter than `deadline`: a failure that says what was awaited is worth more than a dump.
     ///
@@ -176,6 +195,7 @@ impl Context {
         deadline: Duration,
         work: impl FnOnce(&mut Self) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
+        let deadline = self.at_most(deadline);
         let deadline_ms = deadline.as_millis() as u64;
         self.sink.send(Event::StepStarted(StepStarted { name: name.to_owned(), deadline_ms }));
         self.detail.clear();
@@ -183,6 +203,12 @@ impl Context {
         let mut result = work(self);
         let elapsed_ms = guard.deadline().elapsed().as_millis() as u64;
         drop(guard);
+        if let Err(Failure::Hang(what)) = &result {
+            // Given up in time, and a hang all the same: where everything stands is to be seen, and nothing to be left.
+            self.watchdog.expire(format!("{name}: {what}"), Duration::from_millis(elapsed_ms));
+            std::thread::sleep(LOST);
+        }
+        self.end_if_lost();
         if let Err(failure) = &mut result {
             self.report(failure);
         }
@@ -200,6 +226,14 @@ impl Context {
             deadline_ms,
         }));
         result
+    }
+
+    /// Does not return once a deadline has passed: the watchdog is about to end the process, and what comes of work that
+    /// it puts an end to is not to be told.
+    pub(crate) fn end_if_lost(&self) {
+        if self.watchdog.has_expired() {
+            std::thread::sleep(LOST);
+        }
     }
 
     /// Sends the event of a broken promise, once.
@@ -239,6 +273,8 @@ pub(crate) mod testing {
             interruption: Interruption::default(),
             record: StateDir::default().record(),
             detail: String::new(),
+            deadline: None,
+            io_is_sound: false,
         };
         Testing { context, _loop: event_loop }
     }

@@ -295,6 +295,7 @@ fn load(context: &Context, bench: &Bench, cell: Cell, ops: u64, seed: Seed) -> R
         prefill: false,
         max_io_bytes: bench.opened.max_io_bytes,
         stall: STALL,
+        hang: false,
     };
     let watchdog = Arc::clone(context.watchdog());
     let shared = Arc::new(Shared::new(orders, plan.options().workers, Some(accounts), watchdog));

@@ -12,12 +12,15 @@
 #![forbid(unsafe_code)]
 
 pub mod aligned;
+mod backtrace;
 pub mod cli;
 mod clock;
 pub mod context;
+mod dump;
 pub mod environment;
 pub mod fault;
 pub mod gates;
+mod in_flight;
 mod inventory;
 mod junit;
 pub mod kernel_log;

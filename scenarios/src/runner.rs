@@ -13,24 +13,34 @@ use std::time::Duration;
 use serde_json::json;
 use ublkit::Signals;
 use ublkit_harness::event::{Event, Run, VerdictLine};
+use ublkit_harness::kernel_log::{Complaint, complaints};
 use ublkit_harness::report::{JsonLines, Terminal};
 use ublkit_harness::verdict::EXIT_USAGE;
-use ublkit_harness::watchdog::WatchdogOptions;
-use ublkit_harness::{EventLoop, EventSink, Reporter, Seed, Verdict, Watchdog};
+use ublkit_harness::watchdog::{REPORT_MAX, WatchdogOptions};
+use ublkit_harness::{EventLoop, EventSink, HangReport, Reporter, Seed, Verdict, Watchdog};
 
+use crate::backtrace;
 use crate::cli::complain;
 use crate::context::{Context, Interruption, SharedEvidence};
+use crate::dump;
 use crate::environment::{self, Host};
 use crate::junit::JUnit;
+use crate::kernel_log::KernelLog;
 use crate::page::Page;
 use crate::runs::StateDir;
 use crate::scenario::{Failure, Scenario};
 use crate::server;
 
 /// How long the last events may take to reach their readers once the run is lost.
-const LAST_WORDS: Duration = Duration::from_secs(5);
+const LAST_WORDS: Duration = Duration::from_secs(1);
+/// How long it may take to put an end to a run once everything is told of its hang: after that, the process ends all the
+/// same. With [`REPORT_MAX`], less than the ten seconds by which a hang may outlive its deadline.
+const LAST_RESORT: Duration = Duration::from_millis(3800);
+const _: () = assert!(REPORT_MAX.as_millis() + LAST_RESORT.as_millis() < 10_000, "ten seconds");
 /// How long a run may take to end after it was asked to.
 const WIND_DOWN: Duration = Duration::from_secs(120);
+/// Complaints of the kernel that are told; a device without power has thousands.
+const COMPLAINTS_MAX: usize = 8;
 /// How long it may take to clean up after earlier runs.
 const CLEAN_UP: Duration = Duration::from_secs(60);
 
@@ -129,15 +139,14 @@ fn begin(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -
 /// Runs the scenario with signals caught and the watchdog awake.
 fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -> Result<(), Failure> {
     let lost = ending.clone();
-    let watchdog = Watchdog::start(WatchdogOptions::default(), move |report| {
-        lost.sink.send(Event::Hang(report.into()));
-        let code = lost.verdict(Verdict::Hang);
-        let _unread = lost.sink.flush(LAST_WORDS);
-        // What this process waits for fails then, so that it can end; and no device is left.
-        server::kill_all();
-        std::process::exit(code.into());
-    });
+    let options = WatchdogOptions { backtraces: Some(Arc::new(backtrace::of)), ..WatchdogOptions::default() };
+    let watchdog = Watchdog::start(options, move |report| lose(report, &lost));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
+    // Those that meet a device which a kernel serves are judged by what that kernel says, too.
+    let real = scenario.needs().ublk || scenario.options().get("device").is_some_and(|device| !device.is_null());
+    let kernel = real.then(Complaints::begin);
+    let log = kernel.is_some().then(KernelLog::from_here).and_then(Result::ok);
+    dump::ask_for_all(&watchdog, log, scenario.common().report.clone());
     let interruption = Interruption::default();
     let listener = Listener::start(interruption.clone(), ending.sink.clone(), Arc::clone(&watchdog))?;
     let state = StateDir::default();
@@ -159,19 +168,93 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         interruption,
         record: state.record(),
         detail: String::new(),
+        deadline: scenario.common().deadline,
+        io_is_sound: false,
     };
     let mut result = match std::panic::catch_unwind(AssertUnwindSafe(|| scenario.run(&mut context))) {
         Ok(result) => result,
         Err(panic) => Err(Failure::Internal(format!("panicked: {}", panic_message(panic.as_ref())))),
     };
+    context.end_if_lost();
     if let Err(failure) = &mut result {
         context.report(failure);
+    }
+    if let Some(kernel) = kernel {
+        result = kernel.judge(&context, result);
     }
     if let Some(remark) = context.record.finish() {
         context.note(remark);
     }
     drop(listener);
     result
+}
+
+/// Ends the process, for something hangs: it tells everything that was found, and sees to it that no device is left.
+fn lose(report: HangReport, ending: &Ending) {
+    // Whatever comes: nobody waits for this process for longer.
+    let _ = thread::Builder::new().name("last-resort".to_owned()).spawn(|| {
+        thread::sleep(LAST_RESORT);
+        std::process::exit(Verdict::Hang.exit_code().into());
+    });
+    ending.sink.send(Event::Hang(report.into()));
+    // What this process waits for fails then, so that it can end.
+    for remark in server::kill_all() {
+        ending.sink.send(Event::note(remark));
+    }
+    let code = ending.verdict(Verdict::Hang);
+    let _unread = ending.sink.flush(LAST_WORDS);
+    std::process::exit(code.into());
+}
+
+/// What the kernel complains of while a run lasts.
+struct Complaints(io::Result<KernelLog>);
+
+impl Complaints {
+    fn begin() -> Self {
+        Self(KernelLog::from_here())
+    }
+
+    /// A run that the kernel complained of has failed, whatever else came of it.
+    fn judge(self, context: &Context, result: Result<(), Failure>) -> Result<(), Failure> {
+        let mut log = match self.0 {
+            Ok(log) => log,
+            Err(error) => {
+                context.note(format!("what the kernel says is not looked at: failed to open /dev/kmsg: {error}"));
+                return result;
+            }
+        };
+        let records = log.read();
+        context.evidence.add("kernel_log_scanned", 1);
+        context.evidence.add("kernel_log_lines", records.len() as u64);
+        if log.lost() > 0 {
+            context.note("the kernel said more than its log can hold: some of it was not seen");
+        }
+        let complaints = complaints(&records, context.io_is_sound);
+        if complaints.is_empty() {
+            return result;
+        }
+        if let Some(report) = context.report_dir()
+            && let Err(error) = dump::keep(report, &records)
+        {
+            context.note(format!("failed to keep the kernel's log: {error}"));
+        }
+        let told = complaints.into_iter().take(COMPLAINTS_MAX).map(|complaint| {
+            let Complaint { what, excerpt, .. } = complaint;
+            let mut failure = Failure::broke_with("kernel", format!("the kernel complained: {what}"), excerpt);
+            context.report(&mut failure);
+            failure
+        });
+        // All of them are told; the first is what became of the run, if nothing had broken before.
+        let mut told: Vec<_> = told.collect();
+        match result {
+            Err(failure @ Failure::DeviceBroke(_)) => Err(failure),
+            Ok(()) | Err(Failure::Interrupted) => Err(told.swap_remove(0)),
+            Err(other) => {
+                context.note(other.to_string());
+                Err(told.swap_remove(0))
+            }
+        }
+    }
 }
 
 fn no_thread(error: &io::Error) -> Failure {

@@ -21,7 +21,7 @@ use ublkit_harness::{DiscardPromise, Evidence};
 
 use crate::context::Context;
 use crate::scenario::Failure;
-use crate::server::{Lie, Served, Server, Status, Testimony};
+use crate::server::{Hang, Lie, Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
 
@@ -112,6 +112,9 @@ pub struct TargetArgs {
     /// A bug of the server that is planted
     #[arg(skip)]
     pub(crate) lie: Option<Lie>,
+    /// Where the server hangs, once it has to
+    #[arg(skip)]
+    pub(crate) hang: Option<Hang>,
 }
 
 /// How long a server waits for this and that.
@@ -125,6 +128,7 @@ pub struct Patience {
 
 impl Default for Patience {
     fn default() -> Self {
+        // As long as the library gives it.
         Self { held: Duration::from_millis(500), stop: Duration::from_secs(30) }
     }
 }
@@ -226,7 +230,10 @@ impl TargetArgs {
     }
 
     fn serve_by(&self, context: &Context, server: Arc<Server>, storage: Option<usize>) -> Result<Target, Failure> {
-        let (device, index) = server.serve(self, context.seed(), storage)?;
+        // A server that is killed with a STOP under way may not end: it has to have given up before.
+        let stop = context.at_most(self.patience.stop * 2) / 2;
+        let args = Self { patience: Patience { stop, ..self.patience }, ..self.clone() };
+        let (device, index) = server.serve(&args, context.seed(), storage)?;
         context.record.made(device.id);
         Ok(Target {
             served: device,

@@ -40,10 +40,12 @@ use self::faults::Choice;
 use self::outage::Outage;
 use self::shared::{Orders, Shared};
 use self::sharing::{Books, Layout, Sharing};
+use crate::aligned::AlignedBuf;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Scenario};
-use crate::target::{BackendKind, Storage, TargetArgs};
+use crate::server::Hang;
+use crate::target::{BackendKind, Storage, Target, TargetArgs};
 use crate::units::{parse_bytes, parse_duration};
 
 /// How long a run goes on when nobody says.
@@ -98,6 +100,9 @@ pub struct Args {
     /// Have another server take over about so often, under load
     #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with = "device", help_heading = "Faults")]
     restart_every: Option<Duration>,
+    /// Plant a hang, which has to end with status 3 and a look at everything; shorten --stall and --deadline
+    #[arg(long, value_enum, value_name = "WHERE", conflicts_with = "device", help_heading = "Faults")]
+    hang: Option<Hang>,
     /// Torture this block device, whoever serves it, instead of one of our own. Its content is destroyed
     #[arg(long, value_name = "PATH", requires = "yes_destroy_data", help_heading = "Device of somebody else's")]
     device: Option<std::path::PathBuf>,
@@ -116,6 +121,19 @@ fn milliseconds(time: Option<Duration>) -> Value {
 
 pub(crate) fn read_device(file: &File, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
     file.read_exact_at(buf, offset).map_err(|error| Failure::io(format_args!("read the device at {offset}"), &error))
+}
+
+/// Has somebody read the device, again and again, while it is closed.
+fn late_reader(target: &Target) -> Result<(), Failure> {
+    let file = target.open_direct()?;
+    let read = move || {
+        let mut buf = AlignedBuf::zeroed(4096);
+        while file.read_exact_at(&mut buf, 0).is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let started = std::thread::Builder::new().name("late-reader".to_owned()).spawn(read);
+    started.map(drop).map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))
 }
 
 impl Scenario for Args {
@@ -144,6 +162,7 @@ impl Scenario for Args {
                 ("passes", json!(!self.no_passes)),
                 ("faults", self.fault_choice().option()),
                 ("stall_ms", milliseconds(Some(self.stall))),
+                ("hang", json!(self.hang)),
                 ("cut_every_ms", milliseconds(self.cut_every)),
                 ("restart_every_ms", milliseconds(self.restart_every)),
             ]
@@ -185,12 +204,18 @@ impl Scenario for Args {
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
+        if !self.errors_may_be() && self.outages().is_empty() && self.device.is_none() {
+            context.no_io_errors();
+        }
         let filled = self.target.read_only.then(|| self.fill(context)).transpose()?;
         let subject = context.step("start", Duration::from_secs(60), |context| {
             self.start(context, filled.as_ref().map(|filled| &filled.storage))
         })?;
         // Whatever comes of it, the device is closed; the first failure is the one that counts.
         let tortured = self.torture(context, &subject, filled);
+        if let (Some(Hang::Stop), Subject::Ours(target)) = (self.hang, &subject) {
+            late_reader(target)?;
+        }
         let closed = context.always("close", Duration::from_secs(120), |context| subject.close(context));
         tortured.and(closed)
     }
@@ -235,7 +260,7 @@ impl Args {
         if let Some(path) = &self.device {
             return Subject::somebody_elses(path);
         }
-        let target = TargetArgs { faults: self.fault_plan(context), ..self.target.clone() };
+        let target = TargetArgs { faults: self.fault_plan(context), hang: self.hang, ..self.target.clone() };
         if !target.faults.is_empty() {
             context.note(format!("faults: {}", target.faults.to_string().replace('\n', "; ")));
         }
@@ -393,6 +418,7 @@ impl Args {
             prefill: self.prefill || !opened.zeroed,
             max_io_bytes: opened.max_io_bytes,
             stall: self.stall,
+            hang: self.hang == Some(Hang::Worker),
         }
     }
 

@@ -7,10 +7,11 @@ use std::time::Instant;
 
 use ublkit_harness::Verdict;
 use ublkit_harness::event::{Event, Part, Progress};
+use ublkit_harness::kernel_log::{Complaint, complaints};
 
 use super::{Child, End, Followed, Launch, Order};
 use crate::context::Context;
-use crate::kernel_log::{KernelLog, alarm};
+use crate::kernel_log::KernelLog;
 use crate::runs::StateDir;
 use crate::scenario::Failure;
 use crate::suite::telling;
@@ -74,8 +75,9 @@ impl Launch for Processes {
                 context.note(remark);
             }
         }
-        let said = log.as_mut().map(KernelLog::news).unwrap_or_default();
-        if let Some(alarm) = alarm(&said) {
+        let said = log.as_mut().map(KernelLog::read).unwrap_or_default();
+        // The run itself says what it thinks of I/O errors.
+        if let Some(Complaint { what: alarm, .. }) = complaints(&said, false).first() {
             part.verdict = worse(part.verdict, Verdict::Fail);
             wrong = Some(wrong.map_or_else(String::new, |wrong| wrong + "; ") + "the kernel complained: " + alarm);
         }
@@ -90,6 +92,7 @@ impl Launch for Processes {
         if part.verdict != Verdict::Pass
             && let Some(dir) = &order.report
         {
+            let said: String = said.iter().map(|record| format!("{record}\n")).collect();
             keep_failure(dir, &part, &end, &late, &said)?;
         }
         if end.stuck.is_empty() {

@@ -15,6 +15,10 @@ use ublkit::{DetachedRequest, Handler, Operation, Request};
 use ublkit_harness::SeededRng;
 use ublkit_harness::mutant::Open;
 use ublkit_harness::sim::server::{Buffers, Commit, Server, TagId, Work};
+use ublkit_harness::{OpKind, SECTOR, SectorRange};
+
+use super::hang::Plant;
+use crate::in_flight::{InFlight, Noted};
 
 /// Makes servers, on the thread that runs them.
 pub(super) type Make = Box<dyn FnMut(Open) -> Box<dyn Server> + Send>;
@@ -28,7 +32,7 @@ pub(super) struct Shape {
 }
 
 enum Message {
-    Request(TagId, DetachedRequest),
+    Request(TagId, DetachedRequest, Noted),
     /// Begin anew, and say when that is done.
     Restart(Open, Sender<()>),
     End,
@@ -44,14 +48,33 @@ pub(super) struct Bridge {
 pub(super) struct Forward {
     queue: u16,
     sender: Sender<Message>,
+    in_flight: InFlight,
+    hang: Plant,
 }
 
 impl Handler for Forward {
     fn handle(&mut self, request: Request<'_>) {
         let tag = TagId { queue: self.queue, tag: request.io().tag() };
+        let noted = note(&self.in_flight, tag, &request);
+        self.hang.handled();
         // Where nobody takes it, it is dropped, and so it fails.
-        let _ = self.sender.send(Message::Request(tag, request.detach()));
+        let _ = self.sender.send(Message::Request(tag, request.detach(), noted));
     }
+}
+
+fn note(in_flight: &InFlight, TagId { queue, tag }: TagId, request: &Request<'_>) -> Noted {
+    let io = request.io();
+    let kind = match io.operation() {
+        Operation::Write if io.fua() => OpKind::WriteFua,
+        Operation::Write => OpKind::Write,
+        Operation::Flush => OpKind::Flush,
+        Operation::Discard => OpKind::Discard,
+        Operation::WriteZeroes => OpKind::WriteZeroes,
+        _ => OpKind::Read,
+    };
+    let sector = SECTOR as u64;
+    let range = SectorRange::new(io.offset() / sector, io.len() / sector);
+    in_flight.begin(format!("tag {tag} of queue {queue}"), kind, range)
 }
 
 impl Bridge {
@@ -64,11 +87,12 @@ impl Bridge {
     }
 
     /// What makes the handler of each queue.
-    pub(super) fn opener(&self) -> impl Fn(u16) -> Forward + Send + Sync + use<> {
+    pub(super) fn opener(&self, in_flight: InFlight, hang: Plant) -> impl Fn(u16) -> Forward + Send + Sync + use<> {
         let sender = std::sync::Mutex::new(self.sender.clone());
         move |queue| {
             let sender = sender.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-            Forward { queue, sender }
+            hang.opened();
+            Forward { queue, sender, in_flight: in_flight.clone(), hang: hang.clone() }
         }
     }
 
@@ -93,7 +117,7 @@ impl Drop for Bridge {
 
 fn run(shape: Shape, mut make: Make, mut rng: SeededRng, receiver: &Receiver<Message>) {
     let mut buffers = Buffers::new(shape.queues, shape.depth, shape.max_io_bytes as usize);
-    let mut in_hand: HashMap<TagId, DetachedRequest> = HashMap::new();
+    let mut in_hand: HashMap<TagId, (DetachedRequest, Noted)> = HashMap::new();
     let mut server = make(Open::First);
     let mut commits = Vec::new();
     loop {
@@ -103,9 +127,9 @@ fn run(shape: Shape, mut make: Make, mut rng: SeededRng, receiver: &Receiver<Mes
             receiver.try_recv().ok()
         };
         match message {
-            Some(Message::Request(tag, mut request)) => match take(tag, &mut request, &mut buffers) {
+            Some(Message::Request(tag, mut request, noted)) => match take(tag, &mut request, &mut buffers) {
                 Ok(work) => {
-                    in_hand.insert(tag, request);
+                    in_hand.insert(tag, (request, noted));
                     server.take(work, &mut buffers);
                     // All that are there are taken before the first is served.
                     continue;
@@ -114,7 +138,7 @@ fn run(shape: Shape, mut make: Make, mut rng: SeededRng, receiver: &Receiver<Mes
             },
             Some(Message::Restart(why, done)) => {
                 drop(server);
-                for (_, request) in in_hand.drain() {
+                for (_, (request, _noted)) in in_hand.drain() {
                     request.fail(&io::Error::from_raw_os_error(libc::EIO));
                 }
                 server = make(why);
@@ -126,7 +150,7 @@ fn run(shape: Shape, mut make: Make, mut rng: SeededRng, receiver: &Receiver<Mes
         }
         server.step(&mut buffers, &mut rng, &mut commits);
         for commit in commits.drain(..) {
-            if let Some(request) = in_hand.remove(&commit.tag) {
+            if let Some((request, _noted)) = in_hand.remove(&commit.tag) {
                 complete(request, commit, &mut buffers);
             }
         }

@@ -10,6 +10,7 @@ use ublkit_harness::Seed;
 use super::freezer::Freezer;
 use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
 use super::stack::{Stack, Storage};
+use crate::in_flight::InFlight;
 use crate::inventory::Inventory;
 use crate::scenario::Failure;
 use crate::target::{Made, Mode, TargetArgs};
@@ -28,6 +29,7 @@ struct Serving {
 struct Server {
     storages: Vec<Storage>,
     devices: Vec<Option<Serving>>,
+    in_flight: InFlight,
     /// What this process had before its first device.
     before: Option<Inventory>,
 }
@@ -35,6 +37,10 @@ struct Server {
 /// Runs the server until its standard input ends, and returns its exit status.
 pub(crate) fn main() -> u8 {
     let mut server = Server::default();
+    if let Err(error) = super::teller::start(server.in_flight.clone()) {
+        let text = format!("what the server has in flight cannot be told of, should it hang: {error}");
+        let _ = say(&Reply::Note(text), &[]);
+    }
     for line in io::stdin().lock().lines() {
         let Ok(line) = line else { break };
         let reply = match serde_json::from_str(&line) {
@@ -162,7 +168,7 @@ impl Server {
         if self.devices.iter().all(Option::is_none) {
             self.before = Some(Inventory::take());
         }
-        let stack = Stack::new(below, args, seed)?;
+        let stack = Stack::new(below, args, seed, self.in_flight.clone())?;
         let geometry = stack.declared(args.geometry());
         let flusher = stack.io_flusher();
         let device = match stack.handlers() {

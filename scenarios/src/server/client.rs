@@ -3,12 +3,13 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use ublkit::Controller;
+use ublkit::{Controller, ErrorKind};
 use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::{Event, EventSink};
 
@@ -22,14 +23,18 @@ use crate::torture::outage::Outage;
 
 /// How long a server may take to end once its pipe is closed; it has its own bounds for closing devices.
 const END_DEADLINE: Duration = Duration::from_secs(60);
-/// How long a killed server may take to vanish, and its devices to be deleted.
-const KILL_DEADLINE: Duration = Duration::from_secs(5);
+/// How long killed servers may take to vanish.
+const KILL_DEADLINE: Duration = Duration::from_millis(1500);
+/// How long their devices may take to be deleted, all together.
+const DELETE_DEADLINE: Duration = Duration::from_millis(1200);
+/// How long to try for a lock that is held for moments only.
+const LOCK_PATIENCE: Duration = Duration::from_millis(100);
 
 /// A server that runs, and the ids of its devices.
-#[derive(Debug)]
-struct Running {
-    pid: u32,
-    ids: Vec<u32>,
+#[derive(Clone, Debug)]
+pub(crate) struct Running {
+    pub(crate) pid: u32,
+    pub(crate) ids: Vec<u32>,
 }
 
 /// Every server of this process, for the case that all has to end at once.
@@ -39,10 +44,39 @@ fn running() -> MutexGuard<'static, Vec<Running>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Every server of this process, with the devices that it has open, whether or not it has told of them. To be asked while
+/// anything may hang.
+pub(crate) fn running_now() -> Vec<Running> {
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    let mut servers = loop {
+        match RUNNING.try_lock() {
+            Ok(servers) => break servers.clone(),
+            Err(TryLockError::Poisoned(poisoned)) => break poisoned.into_inner().clone(),
+            Err(TryLockError::WouldBlock) if Instant::now() < deadline => {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            Err(TryLockError::WouldBlock) => break Vec::new(),
+        }
+    };
+    for server in &mut servers {
+        server.ids.extend(open_devices(server.pid));
+        server.ids.sort_unstable();
+        server.ids.dedup();
+    }
+    servers
+}
+
+/// The ids of the devices whose character devices process `pid` has open: those that it serves, or is about to.
+fn open_devices(pid: u32) -> Vec<u32> {
+    let Ok(entries) = std::fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };
+    let links = entries.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok());
+    links.filter_map(|link| link.to_str()?.strip_prefix("/dev/ublkc")?.parse().ok()).collect()
+}
+
 /// Kills every server and deletes its devices, because something hangs: what this process waits for then fails, and it
-/// can end.
-pub(crate) fn kill_all() {
-    let servers = std::mem::take(&mut *running());
+/// can end. Says what could not be done, within [`KILL_DEADLINE`] and [`DELETE_DEADLINE`].
+pub(crate) fn kill_all() -> Vec<String> {
+    let servers = running_now();
     for server in &servers {
         // One that has ended by itself is what is wanted.
         let _ = kill(Pid::from_raw(server.pid.cast_signed()), Signal::SIGKILL);
@@ -53,13 +87,46 @@ pub(crate) fn kill_all() {
         stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
     };
     while servers.iter().any(|server| alive(server.pid)) && Instant::now() < deadline {
-        std::thread::sleep(Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(5));
     }
-    if let Ok(controller) = Controller::open() {
-        for id in servers.iter().flat_map(|server| &server.ids) {
-            // Left to the next run if this fails.
-            let _ = controller.delete(*id, KILL_DEADLINE);
+    let mut left: Vec<_> = servers
+        .iter()
+        .filter(|server| alive(server.pid))
+        .map(|server| format!("server process {} was killed and does not end", server.pid))
+        .collect();
+    // Each on a thread of its own: whoever holds the driver's lock holds up a DEL for ever.
+    let deadline = Instant::now() + DELETE_DEADLINE;
+    let (sender, receiver) = mpsc::channel();
+    let ids: Vec<u32> = servers.iter().flat_map(|server| server.ids.clone()).collect();
+    for &id in &ids {
+        let sender = sender.clone();
+        let _ = std::thread::Builder::new().name("delete".to_owned()).spawn(move || {
+            let _ = sender.send((id, delete(id)));
+        });
+    }
+    drop(sender);
+    let mut told = Vec::new();
+    while let Ok((id, deleted)) = receiver.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+        told.push(id);
+        if let Err(error) = deleted {
+            left.push(format!("device {id} is left to the next run: failed to {error}"));
         }
+    }
+    let missing = ids.iter().filter(|id| !told.contains(id));
+    left.extend(missing.map(|id| format!("device {id} is left to the next run: its deletion does not end")));
+    left
+}
+
+fn delete(id: u32) -> Result<(), String> {
+    let controller = Controller::open().map_err(|error| error.to_string())?;
+    let deleted = match controller.delete(id, DELETE_DEADLINE / 2) {
+        // This process still holds it open, in whatever it is that hangs: it goes when this process ends.
+        Err(error) if error.kind() == ErrorKind::TimedOut => controller.delete_async(id),
+        other => other,
+    };
+    match deleted {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error.to_string()),
+        _ => Ok(()),
     }
 }
 

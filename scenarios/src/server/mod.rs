@@ -10,17 +10,22 @@ mod child;
 mod client;
 mod flattened;
 mod freezer;
+mod hang;
 mod lies;
+mod noted;
 mod protocol;
 mod socket;
 mod stack;
+mod teller;
 mod timed;
 mod witness;
 
 pub(crate) use child::main;
-pub(crate) use client::{Server, kill_all};
+pub(crate) use client::{Server, kill_all, running_now};
+pub(crate) use hang::{Hang, never_returns};
 pub(crate) use lies::Lie;
 pub(crate) use protocol::{Served, Status};
+pub(crate) use teller::ask;
 pub(crate) use witness::Testimony;
 
 /// The argument with which this program becomes a server.

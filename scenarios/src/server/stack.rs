@@ -1,6 +1,6 @@
 //! What lies between the kernel and a device's storage.
 //!
-//! From the top: counters, a socket, and what is plugged into it: the planted bug, a witness, the faults, and the storage.
+//! From the top: a table of what is in flight, counters, a socket, and what is plugged into it: the planted bug, a witness, the faults, and the storage.
 //! At an outage everything above the faults goes, with all that it kept in memory, and is made anew over the same storage.
 //! A bug between the driver and the server comes with a [bridge](super::bridge) above all this.
 
@@ -13,16 +13,19 @@ use ublkit_harness::fault::{Effect, Errno, FaultPlan, Faults, Injection, Stage};
 use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
 use ublkit_harness::observe::{Counters, Counts};
 use ublkit_harness::sim::medium::Medium;
-use ublkit_harness::sim::server::PlainServer;
+use ublkit_harness::sim::server::{PlainServer, Server};
 use ublkit_harness::{Mutant, Observed, Pattern, Seed, SeededRng};
 
 use super::bridge::{Bridge, Forward, Shape};
 use super::freezer::Freezer;
+use super::hang::{Hangs, Plant};
 use super::lies::Lie;
+use super::noted::InTable;
 use super::socket::Socket;
 use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
 use crate::clock::nanoseconds;
+use crate::in_flight::InFlight;
 use crate::scenario::Failure;
 use crate::target::{NEIGHBOUR, TargetArgs};
 use crate::torture::outage::Outage;
@@ -41,12 +44,14 @@ const REORDER: u8 = 30;
 /// What lies between the kernel and a device's storage.
 pub(super) struct Stack {
     socket: Arc<Socket>,
-    top: Arc<Observed<Arc<Socket>>>,
+    top: Arc<dyn Backend>,
     counters: Arc<Counters>,
     below: Mutex<Below>,
     planted: Option<Planted>,
     plot: Plot,
     bridge: Option<Bridge>,
+    hang: Plant,
+    in_flight: InFlight,
     /// What survives power cuts is drawn from this.
     power: Mutex<SeededRng>,
     /// Errors that the planted bug makes by itself and admits to.
@@ -93,7 +98,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Stack {
-    pub(super) fn new(storage: Storage, args: &TargetArgs, seed: Seed) -> Result<Self, Failure> {
+    pub(super) fn new(storage: Storage, args: &TargetArgs, seed: Seed, in_flight: InFlight) -> Result<Self, Failure> {
         let faults = switched_off(args.faults.clone(), seed.derive("faults", 0));
         let admitted = Arc::new(Mutex::new(Vec::new()));
         let mut plot = Plot::new(seed);
@@ -115,24 +120,32 @@ impl Stack {
         let (notes, planted, held_most) = (Notes::default(), args.mutant, args.patience.held);
         let below = Below { storage, faults, notes, planted, held_most, lie: args.lie };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
-        let (top, counters) = Observed::new(Arc::clone(&socket));
-        let top = Arc::new(top);
-        let bridge = match args.mutant {
-            Some(planted) if planted.mutant.spec().is_in_server() => {
-                let (backend, plot): (Arc<dyn Backend>, _) = (Arc::clone(&top) as _, plot.clone());
-                let make = move |why| {
-                    let plain = Box::new(PlainServer::new(Arc::clone(&backend), REORDER));
-                    plant_server(planted, plain, &plot.again(why, plot.medium.clone()))
-                };
-                let shape = Shape { queues: args.queues, depth: args.depth, max_io_bytes: args.max_io };
-                let bridge = Bridge::start(shape, Box::new(make), seed.derive("bridge", 0).rng());
-                Some(bridge.map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))?)
-            }
-            _ => None,
+        let hang = Plant::new(args.hang);
+        let (top, counters) = Observed::new(Hangs { inner: Arc::clone(&socket), plant: hang.clone() });
+        let in_server = args.mutant.filter(|planted| planted.mutant.spec().is_in_server());
+        let bridged = in_server.is_some() || hang.is_in_handler();
+        // Behind a bridge a request is in flight from its arrival on, and is noted there.
+        let top: Arc<dyn Backend> =
+            if bridged { Arc::new(top) } else { Arc::new(InTable { inner: top, table: in_flight.clone() }) };
+        let bridge = if bridged {
+            let (backend, plot) = (Arc::clone(&top), plot.clone());
+            let make = move |why| -> Box<dyn Server> {
+                let plain = Box::new(PlainServer::new(Arc::clone(&backend), REORDER));
+                match in_server {
+                    Some(planted) => plant_server(planted, plain, &plot.again(why, plot.medium.clone())),
+                    None => plain,
+                }
+            };
+            let shape = Shape { queues: args.queues, depth: args.depth, max_io_bytes: args.max_io };
+            let bridge = Bridge::start(shape, Box::new(make), seed.derive("bridge", 0).rng());
+            Some(bridge.map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))?)
+        } else {
+            None
         };
         let power = Mutex::new(seed.derive("power", 0).rng());
         let below = Mutex::new(below);
-        Ok(Self { socket, top, counters, below, planted, plot, bridge, power, admitted })
+        let planted = args.mutant;
+        Ok(Self { socket, top, counters, below, planted, plot, bridge, hang, in_flight, power, admitted })
     }
 
     /// What the device declares.
@@ -152,12 +165,12 @@ impl Stack {
 
     /// What the device is served with.
     pub(super) fn backend(&self) -> Arc<dyn Backend> {
-        Arc::clone(&self.top) as _
+        Arc::clone(&self.top)
     }
 
     /// What its queues are served with, where that is not a backend.
     pub(super) fn handlers(&self) -> Option<impl Fn(u16) -> Forward + Send + Sync + use<>> {
-        self.bridge.as_ref().map(Bridge::opener)
+        self.bridge.as_ref().map(|bridge| bridge.opener(self.in_flight.clone(), self.hang.clone()))
     }
 
     /// Fails every request from now on, and loses what an outage loses.
@@ -191,10 +204,14 @@ impl Stack {
         if !faults_stay {
             self.faults(false);
         }
+        self.hang.closing();
     }
 
     /// Switches the faults on or off.
     pub(super) fn faults(&self, on: bool) {
+        if !on {
+            self.hang.drawn();
+        }
         lock(&self.below).faults.switch(on);
     }
 

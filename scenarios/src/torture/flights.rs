@@ -8,6 +8,7 @@ use ublkit_harness::{Guard, Op};
 use super::book::Entry;
 use super::shared::Shared;
 use crate::clock::nanoseconds;
+use crate::in_flight::Noted;
 
 /// How often the stall clock is wound up, at most.
 const REARM_EVERY: Duration = Duration::from_secs(1);
@@ -18,6 +19,9 @@ pub(crate) struct Flight {
     pub(crate) entry: Entry,
     /// A read of a pass over the whole region.
     pub(crate) pass: bool,
+    /// Its place in the table of what is in flight, for as long as this lives.
+    #[expect(dead_code, reason = "to be dropped is what it is there for")]
+    pub(crate) noted: Noted,
     /// When it was begun; see [`nanoseconds`](crate::clock::nanoseconds).
     pub(crate) began: u64,
 }

@@ -9,6 +9,7 @@ use ublkit_harness::Watchdog;
 use super::accounts::Accounts;
 use super::outage::Outages;
 use super::tally::Tally;
+use crate::in_flight::InFlight;
 
 /// What the workers are told before they begin.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +26,8 @@ pub(crate) struct Orders {
     pub(crate) max_io_bytes: u64,
     /// How long an operation may take before that is a hang.
     pub(crate) stall: Duration,
+    /// The first worker is to hang in its own code.
+    pub(crate) hang: bool,
 }
 
 /// What the workers of a run share.
@@ -35,6 +38,8 @@ pub(crate) struct Shared {
     /// Where there is a storage to compare with.
     pub(crate) accounts: Option<Accounts>,
     pub(crate) watchdog: Arc<Watchdog>,
+    /// What the workers wait for.
+    pub(crate) in_flight: InFlight,
     stop: AtomicBool,
     tallies: Vec<Arc<Tally>>,
     told: Mutex<Instant>,
@@ -46,6 +51,12 @@ impl Shared {
             orders,
             outages: Outages::new(workers),
             accounts,
+            in_flight: {
+                let in_flight = InFlight::default();
+                let table = in_flight.clone();
+                watchdog.ask("the workers wait for", move || table.tell());
+                in_flight
+            },
             watchdog,
             stop: AtomicBool::new(false),
             tallies: (0..workers).map(|_| Arc::default()).collect(),

@@ -156,6 +156,9 @@ impl Worker {
                 self.begin(flights, op)?;
                 begun += 1;
             }
+            if self.shared.orders.hang && self.index == 0 && begun > 20 {
+                crate::server::never_returns();
+            }
             let in_flight = flights.client.in_flight();
             if in_flight == 0 && ending {
                 return Ok(());

@@ -10,7 +10,9 @@ mod fault;
 mod faults;
 mod geometry;
 mod handlers;
+mod hangs;
 mod io;
+mod kernel_log;
 mod notes;
 mod orphans;
 mod queues;
@@ -40,6 +42,8 @@ pub(crate) fn all() -> Vec<runner::Case> {
         fault::cases(),
         suite::cases(),
         torture::cases(),
+        hangs::cases(),
+        kernel_log::cases(),
     ]
     .into_iter()
     .flatten()

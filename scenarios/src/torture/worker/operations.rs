@@ -8,6 +8,7 @@ use ublkit_harness::{Op, OpKind, Outcome, SectorRange};
 
 use super::Worker;
 use crate::clock::nanoseconds;
+use crate::in_flight::Noted;
 use crate::scenario::Failure;
 use crate::torture::accounts::{Accounts, End};
 use crate::torture::flights::{Flight, Flights};
@@ -49,7 +50,8 @@ impl Worker {
             OpKind::Flush | OpKind::Discard => client.sync_data(slot),
         }
         Tally::count(&self.tally.overlaps, overlaps.into());
-        flights.ops[usize::from(slot)] = Some(Flight { op, entry, pass: false, began });
+        let noted = self.note(op);
+        flights.ops[usize::from(slot)] = Some(Flight { op, entry, pass: false, noted, began });
         Ok(())
     }
 
@@ -59,7 +61,12 @@ impl Worker {
         let entry = self.book.begin_pass(self.index, range);
         flights.client.read(slot, range.offset_bytes(), range.len_bytes() as usize);
         let op = Op { index: 0, kind: OpKind::Read, range };
-        flights.ops[usize::from(slot)] = Some(Flight { op, entry, pass: true, began });
+        let noted = self.note(op);
+        flights.ops[usize::from(slot)] = Some(Flight { op, entry, pass: true, noted, began });
+    }
+
+    fn note(&self, op: Op) -> Noted {
+        self.shared.in_flight.begin(format!("worker {}, operation {}", self.index, op.index), op.kind, op.range)
     }
 
     /// Discards have no io_uring operation on all kernels that matter, so they are done at once, beside what is in flight.
@@ -67,8 +74,9 @@ impl Worker {
         let began = nanoseconds();
         let (entry, overlaps) = self.book.begin(self.index, op, &mut []);
         Tally::count(&self.tally.overlaps, overlaps.into());
+        let noted = self.note(op);
         let result = blkdev::discard(flights.client.file(), op.range.offset_bytes(), op.range.len_bytes());
-        self.end(flights, 0, Flight { op, entry, pass: false, began }, result.map(|()| 0))
+        self.end(flights, 0, Flight { op, entry, pass: false, noted, began }, result.map(|()| 0))
     }
 
     /// Waits for `want` completions and judges what came. In an outage it returns when that is over.

@@ -1,0 +1,244 @@
+//! Hangs, planted wherever there can be one: each ends its run with status 3 within ten seconds of the deadline, is shown
+//! by the function that hangs and by the request that waits, and leaves nothing behind.
+
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+
+use super::runner::{cases, ids};
+
+cases!("hangs":
+    a_backend_that_never_returns in 60 s,
+    a_handler_that_never_returns in 60 s,
+    a_queue_that_never_fetches in 60 s,
+    a_read_that_is_never_answered in 60 s,
+    a_stop_behind_a_held_request in 60 s,
+    a_worker_that_never_comes_back in 60 s,
+    a_server_that_was_stopped in 60 s,
+    every_thread_is_named in 60 s,
+);
+
+/// What a hang may outlive its deadline by.
+const AFTER: Duration = Duration::from_secs(10);
+/// What the program itself takes until the step that hangs begins, in an emulated guest that is busy.
+const UNTIL: Duration = Duration::from_secs(15);
+
+/// A run of torture; killed, with its server, when it is dropped.
+struct Run {
+    child: Child,
+    report: tempfile::TempDir,
+    begun: Instant,
+}
+
+/// What became of it.
+struct Ended {
+    hang: Value,
+    /// Every line of the report that a person reads.
+    text: String,
+    report: tempfile::TempDir,
+}
+
+impl Run {
+    fn start(arguments: &str) -> Self {
+        let report = tempfile::tempdir().expect("a directory");
+        let child = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
+            .args(["torture", "--seed", "3", "--size", "16M", "--faults", "none"])
+            .args(arguments.split_whitespace())
+            .arg("--report")
+            .arg(report.path())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("run ublk-torture");
+        Self { child, report, begun: Instant::now() }
+    }
+
+    /// Waits for its end, which has to come in time, with status 3 and nothing left.
+    fn hangs(mut self, deadline: Duration) -> Ended {
+        let until = self.begun + UNTIL + deadline + AFTER;
+        let status = loop {
+            if let Some(status) = self.child.try_wait().expect("wait") {
+                break status;
+            }
+            assert!(Instant::now() < until, "the run goes on {AFTER:?} after its deadline of {deadline:?}");
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        let report = std::mem::replace(&mut self.report, tempfile::tempdir().expect("a directory"));
+        let read = |file: &str| std::fs::read_to_string(report.path().join(file)).unwrap_or_default();
+        let text = read("report.txt");
+        assert_eq!(status.code(), Some(3), "{text}");
+        let events: Vec<Value> =
+            read("events.jsonl").lines().map(|line| serde_json::from_str(line).expect("JSON")).collect();
+        let last = events.last().expect("events");
+        assert_eq!((&last["event"], &last["verdict"]), (&"verdict".into(), &"hang".into()), "{last}");
+        let hangs: Vec<&Value> = events.iter().filter(|event| event["event"] == "hang").collect();
+        assert_eq!(hangs.len(), 1, "one hang");
+        // The device goes when the last who holds it has ended; the kernel sees to that in the background.
+        let settled = Instant::now() + Duration::from_secs(5);
+        while !ids().is_empty() {
+            assert!(Instant::now() < settled, "a device is left: {:?}", ids());
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        assert_eq!(processes(), [0; 0], "processes are left");
+        Ended { hang: hangs[0].clone(), text, report }
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // Both have ended where the trial passes.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        for pid in processes() {
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Servers and helpers of the program that are alive.
+fn processes() -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").expect("read /proc").flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    pids.filter(|pid| {
+        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        ["serve-for-parent", "dump-threads"]
+            .iter()
+            .any(|role| line.windows(role.len()).any(|part| part == role.as_bytes()))
+    })
+    .collect()
+}
+
+impl Ended {
+    /// A thread named so stands in `function`.
+    fn stands_in(&self, thread: &str, function: &str) {
+        let threads = self.hang["threads"].as_array().expect("threads");
+        let frames = |thread: &Value| thread["user"].to_string();
+        let found = threads.iter().any(|one| {
+            one["comm"].as_str().is_some_and(|comm| comm.starts_with(thread)) && frames(one).contains(function)
+        });
+        if !found && self.text.contains("backtraces: incomplete") {
+            // What a report may take is bounded, and this machine is too busy. `every_thread_is_named` has no such bound.
+            eprintln!("no backtrace of {thread} in time: this machine is busy");
+            return;
+        }
+        assert!(found, "no {thread} in {function}:\n{}", self.text);
+    }
+
+    /// A note of `who` says so.
+    fn says(&self, who: &str, what: &str) {
+        let notes = self.hang["notes"].as_array().expect("notes");
+        let found = notes.iter().filter_map(Value::as_str).any(|note| note.starts_with(who) && note.contains(what));
+        assert!(found, "{who} does not say {what}:\n{}", self.text);
+    }
+
+    /// Something in flight is as old as it has to be, by what `who` says.
+    fn waits(&self, who: &str, at_least: f64) {
+        let notes = self.hang["notes"].as_array().expect("notes");
+        let age = |note: &str| note.split_once("in flight for ")?.1.split_once(" s")?.0.parse::<f64>().ok();
+        let ages = notes.iter().filter_map(Value::as_str).filter(|note| note.starts_with(who)).filter_map(age);
+        let oldest = ages.fold(0.0, f64::max);
+        assert!(oldest >= at_least, "the oldest is {oldest} s old:\n{}", self.text);
+    }
+}
+
+const SECONDS_3: Duration = Duration::from_secs(3);
+const SECONDS_6: Duration = Duration::from_secs(6);
+
+fn a_backend_that_never_returns() {
+    let ended = Run::start("--hang backend --stall 3s --duration 20s --workers-backend 2").hangs(SECONDS_3);
+    ended.stands_in("ublk", "never_returns");
+    ended.stands_in("torture-", "operations");
+    ended.waits("in flight: server", 2.0);
+    ended.waits("the workers wait for: ", 2.0);
+    ended.says("driver: ", "Live");
+    ended.says("holders: ", "is held by pid");
+    ended.says("block layer: ", "in flight");
+    ended.says("kernel log: ", "");
+    ended.says("uninterruptible: ", "");
+}
+
+fn a_handler_that_never_returns() {
+    let ended = Run::start("--hang queue --stall 3s --duration 20s").hangs(SECONDS_3);
+    ended.stands_in("ublk", "never_returns");
+    ended.waits("in flight: server", 2.0);
+}
+
+fn a_queue_that_never_fetches() {
+    let ended = Run::start("--hang start --deadline 6s").hangs(SECONDS_6);
+    ended.stands_in("ublk", "never_returns");
+    ended.stands_in("ublk-torture", "serve");
+    ended.says("driver: ", "DeviceInfo");
+}
+
+/// The reader sleeps uninterruptibly and cannot be stopped: where it came from is told all the same.
+fn a_read_that_is_never_answered() {
+    let ended = Run::start("--hang read --ops 100 --deadline 6s").hangs(SECONDS_6);
+    ended.stands_in("ublk", "never_returns");
+    ended.stands_in("ublk-torture", "verify");
+    ended.waits("in flight: server", 5.0);
+    ended.says("uninterruptible: ", "ublk-torture D");
+}
+
+fn a_stop_behind_a_held_request() {
+    let ended = Run::start("--hang stop --ops 100 --deadline 6s --workers-backend 2").hangs(SECONDS_6);
+    ended.stands_in("ublk", "never_returns");
+    ended.waits("in flight: server", 3.0);
+    let events = std::fs::read_to_string(ended.report.path().join("events.jsonl")).expect("events");
+    assert!(events.contains(r#""what":"close"#), "it hangs while it is closed:\n{}", ended.text);
+}
+
+fn a_worker_that_never_comes_back() {
+    let ended = Run::start("--hang worker --stall 3s --duration 20s").hangs(SECONDS_3);
+    ended.stands_in("torture-0", "never_returns");
+    ended.waits("the workers wait for: ", 2.0);
+}
+
+fn a_server_that_was_stopped() {
+    let run = Run::start("--stall 3s --duration 50s");
+    let deadline = Instant::now() + UNTIL;
+    while ids().is_empty() {
+        assert!(Instant::now() < deadline, "no device");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Well into its work.
+    std::thread::sleep(Duration::from_secs(1));
+    for server in processes() {
+        kill(Pid::from_raw(server), Signal::SIGSTOP).expect("stop");
+    }
+    let ended = run.hangs(SECONDS_3);
+    ended.says("in flight: server", "no answer");
+    ended.waits("the workers wait for: ", 2.0);
+    ended.stands_in("torture-", "operations");
+    ended.says("block layer: ", "in flight");
+}
+
+/// What looks at threads, without a limit: the functions of both processes, and again with files and lines.
+fn every_thread_is_named() {
+    let run = Run::start("--hang backend --stall 30s --duration 50s --workers-backend 2");
+    let deadline = Instant::now() + UNTIL;
+    while ids().is_empty() {
+        assert!(Instant::now() < deadline, "no device");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Until it hangs.
+    std::thread::sleep(Duration::from_secs(4));
+    let pids = processes().into_iter().chain([run.child.id().cast_signed()]).map(|pid| pid.to_string());
+    let looked = Command::new(env!("CARGO_BIN_EXE_ublk-torture")).arg("dump-threads").args(pids).output();
+    let text = String::from_utf8_lossy(&looked.expect("run ublk-torture").stdout).into_owned();
+    for part in ["server::hang::never_returns", "src/server/hang.rs:", "Crew::work", "src/torture/crew.rs:"] {
+        assert!(text.contains(part), "no {part}:\n{text}");
+    }
+    assert!(text.trim_end().ends_with("\"End\""), "{text}");
+    kill(Pid::from_raw(run.child.id().cast_signed()), Signal::SIGKILL).expect("kill");
+    drop(run);
+    let settled = Instant::now() + Duration::from_secs(5);
+    while !ids().is_empty() && Instant::now() < settled {
+        for id in ids() {
+            let _ = ublkit::Controller::open().and_then(|controller| controller.delete_async(id));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}

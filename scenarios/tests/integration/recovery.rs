@@ -273,7 +273,7 @@ fn a_recovery_that_fails_leaves_the_device_recoverable() {
                 Ok(|request: Request<'_>| request.complete())
             };
             let error = Device::builder_with_handlers(geometry, open)
-                .start_deadline(Duration::from_secs(1))
+                .start_deadline(Duration::from_secs(10))
                 .recover(id)
                 .expect_err("it fails");
             assert!(error.to_string().contains("still there to be recovered"), "{error}");

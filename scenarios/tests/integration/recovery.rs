@@ -13,7 +13,9 @@ use nix::libc;
 use ublkit::ctrl::{State, block_path, character_path};
 use ublkit::orphan::{self, Class, Outcome};
 use ublkit::sys::ublk::Features;
-use ublkit::{Backend, Controller, Device, ErrorKind, Event, Geometry, Phase, QueueInfo, Recovery, Request, backends};
+use ublkit::{
+    Backend, Controller, Device, ErrorKind, Event, Geometry, Phase, QueueInfo, Recovery, Request, backends,
+};
 
 use super::client::{self, Aligned, MIB, assert_same, bounded, builder, eventually};
 use super::disk::{Disk, Op};

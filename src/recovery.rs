@@ -144,7 +144,7 @@ pub(crate) fn await_unserved(controller: &Controller, id: u32, deadline: Instant
     }
 }
 
-/// START_USER_RECOVERY, once the kernel has let go of the last server.
+/// Begins the recovery, once the kernel has let go of the last server.
 pub(crate) fn begin(controller: &Controller, id: u32, deadline: Instant) -> Result<()> {
     let mut patience = Patience::new(id, deadline);
     loop {

@@ -61,7 +61,7 @@ pub const ABANDONED_START: Gate = Gate {
     kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
 };
 
-/// A server that dies in the middle of its FETCHes during a recovery takes the device with it, on 6.18 and its like.
+/// A server that dies while it hands its tags over in a recovery takes the device with it, on 6.18 and its like.
 pub const RECOVERY_KILLED_IN_FETCH: Gate = Gate {
     name: "recovery-killed-in-fetch",
     bug: "a server killed in the middle of its FETCHes during a recovery keeps its commands for ever: process and DEL hang",

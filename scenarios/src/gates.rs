@@ -61,8 +61,33 @@ pub const ABANDONED_START: Gate = Gate {
     kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
 };
 
+/// A server that dies while it hands its tags over in a recovery takes the device with it, on 6.18 and its like.
+pub const RECOVERY_KILLED_IN_FETCH: Gate = Gate {
+    name: "recovery-killed-in-fetch",
+    bug: "a server killed in the middle of its FETCHes during a recovery keeps its commands for ever: process and DEL hang",
+    fixed: "7.1.13 or earlier",
+    kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
+};
+
+/// A server that dies with a queue fetched in part never ends on 6.12.
+pub const KILLED_IN_FETCH: Gate = Gate {
+    name: "killed-in-fetch",
+    bug: "a server killed with a queue fetched in part hangs in its exit (cancel_fn warns and does nothing); with some of \
+          several queues ready the next START_USER_RECOVERY puts a task that is NULL",
+    fixed: "6.16 or earlier",
+    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
+};
+
+/// A server that dies with all tags of a queue in its hands is noticed late on 6.12.
+pub const KILLED_WITH_ALL_TAGS: Gate = Gate {
+    name: "killed-with-all-tags",
+    bug: "a server killed with every tag of a queue in its hands is noticed by the block layer's timeout only, after 30 to 60 s",
+    fixed: "6.18 or earlier",
+    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
+};
+
 /// Every gate there is.
-pub const GATES: &[&Gate] = &[&ABANDONED_START];
+pub const GATES: &[&Gate] = &[&ABANDONED_START, &RECOVERY_KILLED_IN_FETCH, &KILLED_IN_FETCH, &KILLED_WITH_ALL_TAGS];
 
 #[cfg(test)]
 mod tests {

@@ -8,10 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Kind, Ring};
@@ -21,6 +21,15 @@ use crate::sys::uring::{self, Sqe};
 
 /// User data of the wake-up poll; above every tag.
 const WAKE: u64 = 1 << 32;
+
+/// An order to a queue: complete what it has, take nothing new, and park.
+const LEAVE: u8 = 1;
+/// An order to a queue: end now, whatever it owns.
+const ABANDON: u8 = 2;
+/// An order to a queue that has parked: serve what the driver had on its way, then end.
+const FINISH: u8 = 4;
+/// How long a queue that leaves waits for loans or orders at a time.
+const LEAVE_SLICE_MS: u8 = 50;
 
 /// Who holds a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +55,10 @@ pub(crate) struct Shared {
     results: Box<[AtomicI32]>,
     /// The queue thread is about to sleep: a wake-up is needed.
     asleep: AtomicBool,
-    /// The queue is to end now, whatever it owns.
-    abandoned: AtomicBool,
+    /// Whether and how the queue is to end: [`LEAVE`], [`FINISH`], [`ABANDON`].
+    orders: AtomicU8,
+    /// The queue has nothing in its hands and takes nothing.
+    parked: AtomicBool,
     /// How often the queue's thread has noticed a wake-up.
     woken: AtomicU64,
     wake: EventFd,
@@ -63,7 +74,8 @@ impl Shared {
             returned: (0..usize::from(depth).div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             results: (0..depth).map(|_| AtomicI32::new(0)).collect(),
             asleep: AtomicBool::new(false),
-            abandoned: AtomicBool::new(false),
+            orders: AtomicU8::new(0),
+            parked: AtomicBool::new(false),
             woken: AtomicU64::new(0),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
@@ -76,7 +88,24 @@ impl Shared {
 
     /// Ends the queue's loop as soon as its thread is not inside a backend.
     pub(crate) fn abandon(&self) {
-        self.abandoned.store(true, Ordering::SeqCst);
+        self.orders.fetch_or(ABANDON, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Has the queue complete what it has, and park.
+    pub(crate) fn leave(&self) {
+        self.orders.fetch_or(LEAVE, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Whether it has.
+    pub(crate) fn has_parked(&self) -> bool {
+        self.parked.load(Ordering::SeqCst)
+    }
+
+    /// Has a queue that has parked serve what the driver had on its way, and end.
+    pub(crate) fn finish(&self) {
+        self.orders.fetch_or(FINISH, Ordering::SeqCst);
         self.wake();
     }
 
@@ -425,7 +454,48 @@ impl Tags {
     /// Whether the queue was told to end whatever it owns.
     #[inline]
     pub(crate) fn abandoned(&self) -> bool {
-        self.shared.abandoned.load(Ordering::Relaxed)
+        self.shared.orders.load(Ordering::Relaxed) & ABANDON != 0
+    }
+
+    /// Whether the queue was told to end in either way.
+    #[inline]
+    pub(crate) fn ordered(&self) -> bool {
+        self.shared.orders.load(Ordering::Relaxed) != 0
+    }
+
+    /// How many completions were taken so far, modulo 2^32.
+    pub(crate) fn taken(&self) -> u32 {
+        self.ring.taken()
+    }
+
+    /// Commits what was given back, waiting for more if some is out, and takes nothing new. Returns whether some is still
+    /// out.
+    pub(crate) fn settle(&mut self) -> io::Result<bool> {
+        // As in `wait_with_loans`.
+        self.shared.asleep.store(true, Ordering::SeqCst);
+        if !self.collect() && self.lent > 0 {
+            self.await_wake();
+        }
+        self.shared.asleep.store(false, Ordering::SeqCst);
+        self.collect();
+        self.ring.submit()?;
+        Ok(self.lent > 0)
+    }
+
+    /// Waits for the order to finish or to end, without a look at the ring.
+    pub(crate) fn park(&self) {
+        self.shared.parked.store(true, Ordering::SeqCst);
+        while self.shared.orders.load(Ordering::SeqCst) & (FINISH | ABANDON) == 0 {
+            self.await_wake();
+        }
+    }
+
+    /// Waits a moment for a wake-up, past the ring. Whoever asks for a sign of life meanwhile gets one.
+    fn await_wake(&self) {
+        let _ = poll(&mut [PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)], LEAVE_SLICE_MS);
+        if self.shared.wake.read().is_ok() {
+            self.shared.woken.fetch_add(1, Ordering::SeqCst);
+        }
     }
 
     /// The first completion that cannot be served past: a tag's or the wake-up's, and its errno.

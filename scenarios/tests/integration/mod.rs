@@ -12,10 +12,12 @@ mod geometry;
 mod handlers;
 mod hangs;
 mod io;
+mod keeper;
 mod kernel_log;
 mod notes;
 mod orphans;
 mod queues;
+mod recovery;
 pub(crate) mod runner;
 mod scenarios;
 pub(crate) mod server;
@@ -38,6 +40,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         start::cases(),
         control::cases(),
         orphans::cases(),
+        recovery::cases(),
         scenarios::cases(),
         fault::cases(),
         suite::cases(),

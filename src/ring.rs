@@ -17,6 +17,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::thread::ThreadId;
 use std::time::Duration;
 
 use nix::errno::Errno;
@@ -56,6 +57,8 @@ pub(crate) struct Ring {
     enter_fd: RawFd,
     enter_flags: u32,
     fd: OwnedFd,
+    /// The index under which the kernel knows the ring on the thread that made it, and that thread.
+    registered: Option<(u32, ThreadId)>,
     /// What the pointers above lead into.
     _mappings: [Map; 2],
 }
@@ -144,6 +147,7 @@ impl Ring {
             enter_fd,
             enter_flags,
             fd,
+            registered: registered.map(|index| (index, std::thread::current().id())),
             _mappings: [rings, entries],
         })
     }
@@ -152,6 +156,13 @@ impl Ring {
     pub(crate) fn register_files(&self, files: &[BorrowedFd<'_>]) -> io::Result<()> {
         let files: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
         uring::register_files(&self.fd, &files)
+    }
+
+    /// Lets go of the fixed files at once. A ring that is closed does so too, but only after a grace period of the kernel's, in
+    /// which whoever waits for the last descriptor of a device waits. Nothing that uses them may be under way.
+    pub(crate) fn release_files(&self) {
+        // Without it they go with the ring.
+        let _ = uring::unregister_files(&self.fd);
     }
 
     /// The index of the next free slot, which is the caller's to fill before it calls [`enter`](Self::enter).
@@ -272,6 +283,19 @@ impl Ring {
     }
 }
 
+impl Drop for Ring {
+    /// The registration of a ring with its thread is a reference to it, which closing the descriptor leaves alone: without this the
+    /// ring, and with it every file that is registered with the ring, would stay open until the thread ends.
+    fn drop(&mut self) {
+        if let Some((index, thread)) = self.registered
+            && thread == std::thread::current().id()
+        {
+            // It is there, or the thread's other rings would be wrong too.
+            let _ = uring::unregister_ring(&self.fd, index);
+        }
+    }
+}
+
 /// Errors of an enter that mean "reap, then try again": a signal, a timeout, or a completion queue that is full.
 #[cold]
 fn forgive(error: io::Error) -> io::Result<()> {
@@ -329,6 +353,33 @@ mod tests {
         for index in 0..5 {
             // SAFETY: a NOP names no memory.
             unsafe { ring.push(&nop(index)) };
+        }
+    }
+
+    /// A ring that was dropped kept its files open, and so a device its id, until the thread ended: the thread had it registered.
+    #[test]
+    fn a_dropped_ring_lets_go_of_its_files() {
+        use std::io::{ErrorKind, Read};
+        use std::os::fd::AsFd;
+        // More than a thread can have registered.
+        for _ in 0..20 {
+            let (mut reader, writer) = std::io::pipe().expect("pipe");
+            let ring = Ring::new(4, Kind::ThisThread).expect("ring");
+            ring.register_files(&[writer.as_fd()]).expect("register");
+            drop((ring, writer));
+            let (done, ended) = std::sync::mpsc::channel();
+            std::thread::spawn(move || {
+                let mut byte = [0];
+                let read = loop {
+                    match reader.read(&mut byte) {
+                        Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                        read => break read,
+                    }
+                };
+                let _ = done.send(read.expect("read"));
+            });
+            // The end of the pipe is there once nobody has the other side open.
+            assert_eq!(ended.recv_timeout(Duration::from_secs(20)), Ok(0));
         }
     }
 

@@ -262,6 +262,9 @@ impl Drop for BlockClient {
             }
             while self.next_completion().is_some() {}
         }
+        if self.in_flight == 0 {
+            self.ring.release_files();
+        }
         // SAFETY: neither is used again. The ring goes first; the buffers follow only if the kernel has let go of all of
         // them, and are leaked otherwise.
         unsafe {

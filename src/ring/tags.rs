@@ -175,6 +175,15 @@ pub(crate) struct Tags {
     failure: Option<(u64, i32)>,
 }
 
+impl Drop for Tags {
+    /// DEL waits for the character device, so it is let go of as early as can be: where the driver has ended every command.
+    fn drop(&mut self) {
+        if self.aborted as usize == self.slots.len() {
+            self.ring.release_files();
+        }
+    }
+}
+
 impl Tags {
     /// The tags of queue `queue`, on a ring that belongs to the calling thread.
     pub(crate) fn new(

@@ -89,7 +89,9 @@ pub(crate) const ENTER_REGISTERED_RING: u32 = 1 << 4;
 
 const REGISTER_BUFFERS: u32 = 0;
 const REGISTER_FILES: u32 = 2;
+const UNREGISTER_FILES: u32 = 3;
 const REGISTER_RING_FDS: u32 = 20;
+const UNREGISTER_RING_FDS: u32 = 21;
 
 /// Where in the ring's descriptor the rings are mapped from.
 pub(crate) const OFF_SQ_RING: usize = 0;
@@ -215,6 +217,12 @@ pub(crate) fn register_files(ring: impl AsFd, files: &[RawFd]) -> io::Result<()>
     unsafe { register(ring, REGISTER_FILES, files.as_ptr().cast(), files.len()) }.map(drop)
 }
 
+/// Undoes [`register_files`]. Waits until nothing that is under way uses the files.
+pub(crate) fn unregister_files(ring: impl AsFd) -> io::Result<()> {
+    // SAFETY: names no memory.
+    unsafe { register(ring, UNREGISTER_FILES, std::ptr::null(), 0) }.map(drop)
+}
+
 /// Registers buffers, from index 0.
 ///
 /// # Safety
@@ -230,6 +238,13 @@ pub(crate) fn register_ring(ring: impl AsFd) -> io::Result<u32> {
     // SAFETY: the kernel reads and writes one `RsrcUpdate`.
     unsafe { register(ring, REGISTER_RING_FDS, (&raw mut update).cast(), 1)? };
     Ok(update.offset)
+}
+
+/// Undoes [`register_ring`]. Must be called on the thread that called that: the index is one of that thread's.
+pub(crate) fn unregister_ring(ring: impl AsFd, index: u32) -> io::Result<()> {
+    let mut update = RsrcUpdate { offset: index, resv: 0, data: 0 };
+    // SAFETY: the kernel reads one `RsrcUpdate`.
+    unsafe { register(ring, UNREGISTER_RING_FDS, (&raw mut update).cast(), 1) }.map(drop)
 }
 
 unsafe fn register(ring: impl AsFd, operation: u32, arg: *const libc::c_void, count: usize) -> io::Result<i64> {

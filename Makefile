@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
+.PHONY: help torture probe stress sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench bench-cycle release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ torture: release ## Torture a ublk device: seeded random I/O, every byte verifie
 
 probe: release ## Check step by step that both sides of the stack agree
 	$(RUN) -- $(TORTURE) probe --report $(REPORTS)/probe $(ARGS)
+
+stress: release ## Devices by the thousand: churn, closes under load and from many sides, many at once; nothing is left
+	$(RUN) -- $(TORTURE) stress --report $(REPORTS)/stress $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)
@@ -78,6 +81,9 @@ lint: ## Formatting, clippy, documentation, shell scripts
 
 bench: ## What the data path and the verification cost, in counts and ratios
 	ci/bench
+
+bench-cycle: ## Where the time of a device's life goes, in a guest that counts instructions instead of time
+	ci/bench-cycle
 
 release:
 	@mkdir -p $(REPORTS)

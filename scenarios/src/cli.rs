@@ -17,8 +17,8 @@ use ublkit_harness::verdict::EXIT_USAGE;
 
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
-use crate::server;
 use crate::units::parse_duration;
+use crate::{server, stress};
 
 /// Sets the duration of a run where `--duration` does not.
 pub const DURATION_VARIABLE: &str = "UBLK_TORTURE_DURATION";
@@ -74,6 +74,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
 fn dispatch(args: &[OsString]) -> u8 {
     if args.get(1).is_some_and(|arg| arg == server::ARGUMENT) {
         return server::main();
+    }
+    if args.get(1).is_some_and(|arg| arg == stress::ARGUMENT) {
+        return stress::worker_main();
     }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,

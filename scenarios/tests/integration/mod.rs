@@ -17,6 +17,7 @@ mod scenarios;
 pub(crate) mod server;
 mod sizes;
 mod start;
+mod stress;
 mod torture;
 
 pub(crate) fn all() -> Vec<runner::Case> {
@@ -34,6 +35,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         control::cases(),
         orphans::cases(),
         scenarios::cases(),
+        stress::cases(),
         torture::cases(),
     ]
     .into_iter()

@@ -165,10 +165,10 @@ fn while_mounted(args: &Args, context: &mut Context, stressed: &mut Stressed, sl
     let at = tempfile::tempdir().map_err(|error| cannot("make a directory", &error))?;
     mount(Some(&path), at.path(), Some("ext4"), MsFlags::empty(), None::<&str>)
         .map_err(|errno| Failure::broke("io", format!("failed to mount {}: {errno}", path.display())))?;
-    let mounted = Mounted(at.path());
-    let content: Vec<u8> = MAGIC.iter().copied().cycle().take(FILE_BYTES).collect();
+    let attached = Mounted(at.path());
+    let text: Vec<u8> = MAGIC.iter().copied().cycle().take(FILE_BYTES).collect();
     fs::File::create(at.path().join("file"))
-        .and_then(|mut file| file.write_all(&content))
+        .and_then(|mut file| file.write_all(&text))
         .map_err(|error| Failure::io("write a file", &error))?;
     // Not synced: that is for the close.
     let told = close(context, stressed, slot)?;
@@ -180,7 +180,7 @@ fn while_mounted(args: &Args, context: &mut Context, stressed: &mut Stressed, sl
         return Err(Failure::broke("writeback", what));
     }
     context.evidence().add("file_bytes_written_back", found);
-    drop(mounted);
+    drop(attached);
     must_become_free(context, id)
 }
 

@@ -343,24 +343,24 @@ fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
             break;
         }
         let dirty = number % DIRTY_EVERY == DIRTY_EVERY - 1;
-        let cycled = cycler.cycle(number, dirty, &|id| {
+        let outcome = cycler.cycle(number, dirty, &|id| {
             if order.announce {
                 say(&Report::Made { id });
             }
         })?;
         if order.announce {
-            say(&Report::Gone { id: cycled.id });
-        } else if !ids.contains(&cycled.id) {
-            say(&Report::Made { id: cycled.id });
-            say(&Report::Gone { id: cycled.id });
+            say(&Report::Gone { id: outcome.id });
+        } else if !ids.contains(&outcome.id) {
+            say(&Report::Made { id: outcome.id });
+            say(&Report::Gone { id: outcome.id });
         }
-        if cycled.deferred {
+        if outcome.deferred {
             churned.deferred += 1;
         }
-        ids.insert(cycled.id);
+        ids.insert(outcome.id);
         churned.cycles += 1;
         churned.dirty_cycles += u64::from(dirty);
-        churned.bytes_verified += cycled.bytes_verified;
+        churned.bytes_verified += outcome.bytes_verified;
         planted.strike(order.plant)?;
         if churned.cycles == warm_up.max(1) {
             before = Some(Inventory::take());

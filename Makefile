@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,9 @@ probe: release ## Check step by step that both sides of the stack agree
 
 fault: release ## Errors of every kind, at every point, at every rate, and what comes after them
 	$(RUN) -- $(TORTURE) fault --report $(REPORTS)/fault $(ARGS)
+
+stress: release ## Devices by the thousand: churn, closes under load and from many sides, many at once; nothing is left
+	$(RUN) -- $(TORTURE) stress --report $(REPORTS)/stress $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)
@@ -93,6 +96,9 @@ lint: ## Formatting, clippy, documentation, shell scripts
 
 bench: ## What the data path and the verification cost, in counts and ratios
 	ci/bench
+
+bench-cycle: ## Where the time of a device's life goes, in a guest that counts instructions instead of time
+	ci/bench-cycle
 
 release:
 	@mkdir -p $(REPORTS)

@@ -5,6 +5,7 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -174,6 +175,47 @@ enum Encoding {
     Legacy,
 }
 
+/// How often a control command was given through one [`Controller`], and how long that took altogether.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CommandCost {
+    /// The command's name in the kernel's header, such as `ADD_DEV`.
+    pub command: &'static str,
+    /// How often it was given.
+    pub count: u64,
+    /// From the moment it was given to its answer, all of them added up.
+    pub total: Duration,
+}
+
+/// More than there are commands, whose numbers are small.
+const COMMANDS: usize = 32;
+
+fn command_name(number: u32) -> &'static str {
+    let names = [
+        (ublk::CMD_GET_QUEUE_AFFINITY, "GET_QUEUE_AFFINITY"),
+        (ublk::CMD_GET_DEV_INFO, "GET_DEV_INFO"),
+        (ublk::CMD_ADD_DEV, "ADD_DEV"),
+        (ublk::CMD_DEL_DEV, "DEL_DEV"),
+        (ublk::CMD_START_DEV, "START_DEV"),
+        (ublk::CMD_STOP_DEV, "STOP_DEV"),
+        (ublk::CMD_SET_PARAMS, "SET_PARAMS"),
+        (ublk::CMD_GET_PARAMS, "GET_PARAMS"),
+        (ublk::CMD_START_USER_RECOVERY, "START_USER_RECOVERY"),
+        (ublk::CMD_END_USER_RECOVERY, "END_USER_RECOVERY"),
+        (ublk::CMD_GET_DEV_INFO2, "GET_DEV_INFO2"),
+        (ublk::CMD_GET_FEATURES, "GET_FEATURES"),
+        (ublk::CMD_DEL_DEV_ASYNC, "DEL_DEV_ASYNC"),
+    ];
+    names.iter().find(|(command, _)| ublk::legacy(*command) == number).map_or("other", |(_, name)| name)
+}
+
+/// What one command has cost so far.
+#[derive(Debug, Default)]
+struct Cost {
+    count: AtomicU64,
+    nanoseconds: AtomicU64,
+}
+
 /// The control device. Any thread may use it; commands of several threads run side by side.
 ///
 /// Every command has a deadline, and keeps the kernel's errno in its error.
@@ -184,6 +226,8 @@ pub struct Controller {
     features: Features,
     /// Rings that no command is using: one, unless several commands ran at once.
     idle: Mutex<Vec<CommandRing>>,
+    /// By the commands' numbers.
+    costs: [Cost; COMMANDS],
 }
 
 impl Controller {
@@ -211,7 +255,13 @@ impl Controller {
                 _ => plain,
             }
         })?;
-        let mut this = Self { control, encoding: Encoding::Ioctl, features: Features::NONE, idle: Mutex::default() };
+        let mut this = Self {
+            control,
+            encoding: Encoding::Ioctl,
+            features: Features::NONE,
+            idle: Mutex::default(),
+            costs: Default::default(),
+        };
         let payload = vec![0; size_of::<u64>()].into_boxed_slice();
         match this.run("ask for the driver's features", ublk::CMD_GET_FEATURES, CtrlCmd::default(), payload) {
             Ok((_, payload)) => {
@@ -230,6 +280,18 @@ impl Controller {
     #[must_use]
     pub fn features(&self) -> Features {
         self.features
+    }
+
+    /// What the commands given through this controller have cost so far: where the time of starting and closing goes.
+    /// Commands that were never given are left out.
+    #[must_use]
+    pub fn costs(&self) -> Vec<CommandCost> {
+        let read = |(number, cost): (usize, &Cost)| CommandCost {
+            command: command_name(number as u32),
+            count: cost.count.load(Ordering::Relaxed),
+            total: Duration::from_nanos(cost.nanoseconds.load(Ordering::Relaxed)),
+        };
+        self.costs.iter().enumerate().map(read).filter(|cost| cost.count > 0).collect()
     }
 
     /// Creates a device (`UBLK_U_CMD_ADD_DEV`). What the driver granted is in the answer and may be less than asked.
@@ -448,18 +510,24 @@ impl Controller {
         deadline: Duration,
         called_off: &dyn Fn() -> bool,
     ) -> Result<(i32, Box<[u8]>)> {
+        let number = ublk::legacy(operation);
         let operation = match self.encoding {
             Encoding::Ioctl => operation,
-            Encoding::Legacy => ublk::legacy(operation),
+            Encoding::Legacy => number,
         };
         let idle = self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner).pop();
         let ring = match idle {
             Some(ring) => ring,
             None => CommandRing::new().map_err(|error| explain_ring(&error))?,
         };
+        let given = Instant::now();
         let (outcome, ring) = ring
-            .run(&self.control, operation, command, payload, Instant::now() + deadline, called_off)
+            .run(&self.control, operation, command, payload, given + deadline, called_off)
             .map_err(|error| Error::io(&error, what))?;
+        if let Some(cost) = self.costs.get(number as usize) {
+            cost.count.fetch_add(1, Ordering::Relaxed);
+            cost.nanoseconds.fetch_add(given.elapsed().as_nanos() as u64, Ordering::Relaxed);
+        }
         if let Some(ring) = ring {
             self.idle.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(ring);
         }

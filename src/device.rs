@@ -351,6 +351,12 @@ impl Device {
         &self.info
     }
 
+    /// The controller that its commands go through; what they [cost](Controller::costs), say.
+    #[must_use]
+    pub fn controller(&self) -> &Arc<Controller> {
+        &self.controller
+    }
+
     /// The geometry it was built with.
     #[must_use]
     pub fn geometry(&self) -> &Geometry {

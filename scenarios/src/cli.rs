@@ -19,8 +19,8 @@ use crate::backtrace;
 use crate::matrix;
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
-use crate::server;
 use crate::units::parse_duration;
+use crate::{server, stress};
 
 /// Sets the duration of a run where `--duration` does not.
 pub const DURATION_VARIABLE: &str = "UBLK_TORTURE_DURATION";
@@ -88,6 +88,9 @@ fn dispatch(args: &[OsString]) -> u8 {
     }
     if args.get(1).is_some_and(|arg| arg == backtrace::ARGUMENT) {
         return backtrace::main(&args[2..]);
+    }
+    if args.get(1).is_some_and(|arg| arg == stress::ARGUMENT) {
+        return stress::worker_main();
     }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,

@@ -119,6 +119,7 @@ pub const SCENARIOS: &[Entry] = &[
     Entry::new::<crate::fault::Args>("fault", "errors of every kind, at every point, and what comes after them")
         .short(crate::fault::SHORT)
         .plants(crate::fault::PLANTS),
+    crate::stress::ENTRY,
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::suite::Args>(
         "suite",

@@ -130,6 +130,30 @@ fn delete(id: u32) -> Result<(), String> {
     }
 }
 
+/// A process of another role that serves devices: it ends with the servers when all has to.
+pub(crate) fn adopt(pid: u32) {
+    running().push(Running { pid, ids: Vec::new() });
+}
+
+/// Such a process has a device of this id.
+pub(crate) fn note_made(pid: u32, id: u32) {
+    if let Some(own) = running().iter_mut().find(|one| one.pid == pid) {
+        own.ids.push(id);
+    }
+}
+
+/// It has it no more.
+pub(crate) fn note_gone(pid: u32, id: u32) {
+    if let Some(own) = running().iter_mut().find(|one| one.pid == pid) {
+        own.ids.retain(|other| *other != id);
+    }
+}
+
+/// Such a process has ended.
+pub(crate) fn forget(pid: u32) {
+    running().retain(|one| one.pid != pid);
+}
+
 #[derive(Debug)]
 struct Pipes {
     /// None once it is to end.

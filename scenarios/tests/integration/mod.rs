@@ -23,6 +23,7 @@ mod scenarios;
 pub(crate) mod server;
 mod sizes;
 mod start;
+mod stress;
 mod suite;
 mod torture;
 
@@ -44,6 +45,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         scenarios::cases(),
         fault::cases(),
         suite::cases(),
+        stress::cases(),
         torture::cases(),
         hangs::cases(),
         kernel_log::cases(),

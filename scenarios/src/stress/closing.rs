@@ -1,0 +1,213 @@
+//! `stress io-while-close`: a device is closed while requests are in flight, loaded from this process.
+//!
+//! What is in flight is not left to chance: the backend holds the writes before the close begins and lets them go once it
+//! has begun. Every request has to end; what was acknowledged has to be in the storage, dirty pages too; and nothing may
+//! fail before the close began.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use ublkit::ctrl::block_path;
+use ublkit_harness::{Pattern, SECTOR, SectorRange};
+
+use super::Args;
+use super::load::{Acknowledged, BLOCK, Broken, Load, open_buffered, open_direct};
+use super::protocol::{Order, Report, Shape};
+use super::stressed::{Stressed, unexpected};
+use crate::context::Context;
+use crate::scenario::Failure;
+
+/// Threads that load the device, one write under way each, each on a part of its own.
+const LOADERS: u32 = 8;
+const PART_BYTES: u64 = 256 << 10;
+/// The last part is written through the page cache and left dirty.
+const DEVICE_BYTES: u64 = PART_BYTES * (LOADERS as u64 + 1);
+/// Requests that have to be in flight when a close begins.
+const IN_FLIGHT_MIN: u64 = 4;
+/// How long what is in flight may take to end once it is let go.
+const END_DEADLINE: Duration = Duration::from_secs(40);
+
+pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
+    let rounds = u64::from(args.rounds);
+    for (name, minimum) in [
+        ("closes_under_load", rounds),
+        ("in_flight_at_close", rounds * IN_FLIGHT_MIN),
+        ("writes_acknowledged", rounds * 20),
+        ("dirty_bytes_written_back", rounds * PART_BYTES),
+    ] {
+        context.evidence().require(name, minimum);
+    }
+    let limit = Duration::from_secs(120 + 120 * rounds);
+    context.step("close under load", limit, |context| {
+        let mut stressed = Stressed::start(context, "close under load")?;
+        let first = stressed.sample(context, 0)?;
+        let mut least = u64::MAX;
+        for round in 0..args.rounds {
+            if context.interruption().came() {
+                return Err(Failure::Interrupted);
+            }
+            let in_flight = one_round(args, context, &mut stressed, round)?;
+            least = least.min(in_flight);
+        }
+        super::account(context, stressed, &first)?;
+        context.detail(format!("{} closes, at least {least} requests in flight at each", args.rounds));
+        Ok(())
+    })
+}
+
+/// How a thread that loads the device ended.
+struct Loaded {
+    load: Load,
+    broken: Option<Broken>,
+    ended: Instant,
+}
+
+fn one_round(args: &Args, context: &mut Context, stressed: &mut Stressed, round: u32) -> Result<u64, Failure> {
+    let seed = context.seed().derive("closing", u64::from(round));
+    let mut rng = seed.rng();
+    let shape = Shape {
+        bytes: DEVICE_BYTES,
+        depth: 64,
+        max_io: 64 << 10,
+        workers: rng.within(2..=12) as usize,
+        write_ms: rng.within(0..=3),
+        delete_ms: 30_000,
+        stop_ms: 30_000,
+        plant: args.plant,
+    };
+    // Where a request is forgotten, the server gives it up after this.
+    let stop_ms = if args.plant.is_some() { 4_000 } else { shape.stop_ms };
+    let id = stressed.start_device(context, round, Shape { stop_ms, ..shape })?;
+    let path = block_path(id);
+    let pattern = Arc::new(Pattern::new(seed, id));
+    let foreign: Arc<[Pattern]> = Arc::new([]);
+    let part =
+        |index: u32| SectorRange::new(u64::from(index) * PART_BYTES / SECTOR as u64, PART_BYTES / SECTOR as u64);
+    let load = |index| Load::new(seed, index, part(index), DEVICE_BYTES, &pattern, &foreign);
+
+    let mut dirty = load(LOADERS);
+    let buffered = open_buffered(&path)?;
+    for block in 0..PART_BYTES / BLOCK as u64 {
+        dirty
+            .write_block(&buffered, block)
+            .map_err(|broken| Failure::io("write through the page cache", &broken.error))?;
+    }
+    let (acknowledged, over) = (Arc::new(Acknowledged::default()), Arc::new(AtomicBool::new(false)));
+    let mut loaders = Vec::new();
+    for index in 0..LOADERS {
+        let (mut load, file) = (load(index), open_direct(&path)?);
+        let (acknowledged, over) = (Arc::clone(&acknowledged), Arc::clone(&over));
+        let thread = std::thread::Builder::new().name(format!("load {index}"));
+        let body = move || {
+            let mut broken = None;
+            while !over.load(Ordering::SeqCst) && broken.is_none() {
+                match load.write(&file) {
+                    Ok(()) => acknowledged.one(),
+                    Err(error) => broken = Some(error),
+                }
+            }
+            Loaded { load, broken, ended: Instant::now() }
+        };
+        loaders.push(
+            thread.spawn(body).map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))?,
+        );
+    }
+    let before = 10 + rng.below(30);
+    let until = Instant::now() + END_DEADLINE;
+    while acknowledged.count() < before && Instant::now() < until && !loaders.iter().any(|one| one.is_finished()) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let order = Order::CloseInFlight { slot: round, minimum: IN_FLIGHT_MIN, release_ms: rng.within(0..=60) };
+    let closed = stressed.order(&order).and_then(|()| hear_close(context, stressed, buffered));
+    // Whatever came of it: who waits for the device is not to wait any longer.
+    over.store(true, Ordering::SeqCst);
+    let until = Instant::now() + END_DEADLINE;
+    while loaders.iter().any(|one| !one.is_finished()) {
+        if Instant::now() > until {
+            let stuck = loaders.iter().filter(|one| !one.is_finished()).count();
+            closed?;
+            return Err(Failure::Hang(format!("{stuck} writes did not end within {END_DEADLINE:?} of the close")));
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let closing = closed?;
+    context.evidence().add("writes_acknowledged", acknowledged.count());
+    context.evidence().add("in_flight_at_close", closing.in_flight);
+    context.evidence().add("closes_under_load", u64::from(closing.in_flight >= IN_FLIGHT_MIN));
+    let mut verified = 0;
+    for loader in loaders {
+        let loaded =
+            loader.join().map_err(|_| Failure::Internal("a thread that loads a device panicked".to_owned()))?;
+        let Loaded { mut load, broken, ended } = loaded;
+        if let Some(broken) = broken {
+            if broken.at < closing.began_at {
+                let before = Duration::from_nanos(closing.began_at - broken.at);
+                return Err(Failure::io(format_args!("write, {before:?} before the close began"), &broken.error));
+            }
+            context.evidence().add("writes_failed_after_close", 1);
+        }
+        if ended > closing.over + END_DEADLINE {
+            return Err(Failure::Hang(format!("a write ended {:?} after the close was over", ended - closing.over)));
+        }
+        verified += load.verify(|offset, buf| stressed.read(context, round, offset, buf))?;
+    }
+    let written_back = dirty.verify(|offset, buf| stressed.read(context, round, offset, buf))?;
+    context.evidence().add("dirty_bytes_written_back", written_back);
+    context.evidence().add("bytes_verified", verified + written_back);
+    stressed.order(&Order::Forget)?;
+    match stressed.hear(context)? {
+        Report::Done => Ok(closing.in_flight),
+        other => Err(unexpected(&other)),
+    }
+}
+
+/// How a close went.
+struct Closing {
+    in_flight: u64,
+    began_at: u64,
+    over: Instant,
+}
+
+/// Listens to a close; lets go of `held` once the device is stopped, and not before: closing a device's last descriptor
+/// would write its pages back too.
+fn hear_close(context: &Context, stressed: &mut Stressed, held: std::fs::File) -> Result<Closing, Failure> {
+    let mut held = Some(held);
+    let mut closing = Closing { in_flight: 0, began_at: u64::MAX, over: Instant::now() };
+    loop {
+        match stressed.hear(context)? {
+            Report::Stopping { in_flight, at } => (closing.in_flight, closing.began_at) = (in_flight, at),
+            Report::Stopped => drop(held.take()),
+            Report::Closed { deferred: None, .. } => {}
+            Report::Closed { deferred: Some(why), slot, .. } => {
+                return Err(Failure::broke("close", format!("device number {slot}: {why}")));
+            }
+            Report::ClosedAll => {
+                closing.over = Instant::now();
+                return Ok(closing);
+            }
+            other => return Err(unexpected(&other)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ublkit_harness::Outcome;
+
+    use super::*;
+
+    #[test]
+    fn a_write_that_failed_leaves_old_or_new() {
+        // What the verdict on a write that was in flight rests on.
+        let pattern = Arc::new(Pattern::new(1, 0));
+        let region = SectorRange::new(0, 8);
+        let mut load =
+            Load::new(ublkit_harness::Seed::from(1), 0, region, 4096, &pattern, &(Arc::new([]) as Arc<[Pattern]>));
+        let mut new = [0_u8; 4096];
+        let ticket = load.shadow.begin_write(1, region, &mut new);
+        load.shadow.finish(ticket, Outcome::Failed);
+        assert!(load.shadow.verify(region, &new).is_ok());
+        assert!(load.shadow.verify(region, &[0; 4096]).is_err(), "settled by the first look");
+    }
+}

@@ -1,0 +1,198 @@
+//! `stress held`: a device is closed while somebody holds it open, and while a file system on it is mounted.
+//!
+//! The close is bounded all the same and names who holds the device; what was dirty is in the storage; and once they
+//! let go the id is free.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use ublkit::ctrl::block_path;
+
+use super::Args;
+use super::load::open_direct;
+use super::protocol::{Order, Report, Shape};
+use super::stressed::{Stressed, exists, unexpected};
+use crate::context::Context;
+use crate::environment::find_tool;
+use crate::scenario::Failure;
+
+/// What closing may take beyond the time it waits for others to let go.
+const CLOSE_SLACK: Duration = Duration::from_secs(30);
+/// How long it waits for them.
+const DELETE_MS: u64 = 500;
+/// How long an id may take to become free once nobody holds the device.
+const FREE_DEADLINE: Duration = Duration::from_secs(20);
+const DEVICE_BYTES: u64 = 16 << 20;
+/// What the file on the mounted device holds, to be found in the storage.
+const MAGIC: &[u8; 16] = b"written by close";
+const FILE_BYTES: usize = 256 << 10;
+
+pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
+    let rounds = u64::from(args.rounds.min(3));
+    for (name, minimum) in [
+        ("closes_while_open", rounds),
+        ("closes_while_mounted", 1),
+        ("holders_named", rounds + 1),
+        ("ids_free_after_letting_go", rounds + 1),
+        ("file_bytes_written_back", FILE_BYTES as u64),
+    ] {
+        context.evidence().require(name, minimum);
+    }
+    let limit = Duration::from_secs(300 + 60 * rounds);
+    context.step("close while held", limit, |context| {
+        let mut stressed = Stressed::start(context, "close while held")?;
+        let first = stressed.sample(context, 0)?;
+        for round in 0..rounds as u32 {
+            while_open(args, context, &mut stressed, round)?;
+        }
+        while_mounted(args, context, &mut stressed, rounds as u32)?;
+        stressed.order(&Order::Forget)?;
+        match stressed.hear(context)? {
+            Report::Done => {}
+            other => return Err(unexpected(&other)),
+        }
+        super::account(context, stressed, &first)?;
+        context.detail(format!("{rounds} held open, one mounted"));
+        Ok(())
+    })
+}
+
+fn start(args: &Args, context: &Context, stressed: &mut Stressed, slot: u32) -> Result<u32, Failure> {
+    let shape = Shape {
+        bytes: DEVICE_BYTES,
+        depth: 32,
+        max_io: 512 << 10,
+        workers: 0,
+        write_ms: 0,
+        delete_ms: DELETE_MS,
+        stop_ms: 30_000,
+        plant: args.plant,
+    };
+    stressed.start_device(context, slot, shape)
+}
+
+/// Closes a device that somebody holds; what the close says of them.
+fn close(context: &Context, stressed: &mut Stressed, slot: u32) -> Result<String, Failure> {
+    stressed.order(&Order::Close { slot })?;
+    let mut told = None;
+    loop {
+        match stressed.hear(context)? {
+            Report::Stopping { .. } | Report::Stopped => {}
+            Report::Closed { deferred, elapsed_ms, .. } => {
+                let took = Duration::from_millis(elapsed_ms);
+                if took > Duration::from_millis(DELETE_MS) + CLOSE_SLACK {
+                    return Err(Failure::Hang(format!("closing a device that is held took {took:?}")));
+                }
+                told = Some(deferred);
+            }
+            Report::ClosedAll => {
+                return match told.flatten() {
+                    Some(told) => Ok(told),
+                    None => Err(Failure::broke(
+                        "close",
+                        "a device that is held was closed, and its deletion was not said to wait for whoever holds it",
+                    )),
+                };
+            }
+            other => return Err(unexpected(&other)),
+        }
+    }
+}
+
+fn must_name(context: &Context, told: &str, who: &str) -> Result<(), Failure> {
+    if !told.contains(who) {
+        return Err(Failure::broke("close", format!("{who} holds the device, and the close says: {told}")));
+    }
+    context.evidence().add("holders_named", 1);
+    Ok(())
+}
+
+fn must_become_free(context: &Context, id: u32) -> Result<(), Failure> {
+    let until = Instant::now() + FREE_DEADLINE;
+    while exists(id) {
+        if Instant::now() > until {
+            let what = format!("id {id} is still taken {FREE_DEADLINE:?} after nobody holds its device any more");
+            return Err(Failure::broke("leak", what));
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    context.evidence().add("ids_free_after_letting_go", 1);
+    Ok(())
+}
+
+fn while_open(args: &Args, context: &mut Context, stressed: &mut Stressed, slot: u32) -> Result<(), Failure> {
+    let id = start(args, context, stressed, slot)?;
+    let held = open_direct(&block_path(id))?;
+    let told = close(context, stressed, slot)?;
+    must_name(context, &told, &format!("pid {}", std::process::id()))?;
+    context.evidence().add("closes_while_open", 1);
+    if block_path(id).exists() {
+        return Err(Failure::broke("close", format!("{} is there after the close", block_path(id).display())));
+    }
+    drop(held);
+    must_become_free(context, id)
+}
+
+/// A mount that is undone when it is dropped.
+struct Mounted<'a>(&'a Path);
+
+impl Drop for Mounted<'_> {
+    fn drop(&mut self) {
+        // The device under it may be gone, and it is gone with its directory in any case.
+        let _ = umount2(self.0, MntFlags::MNT_DETACH);
+    }
+}
+
+fn while_mounted(args: &Args, context: &mut Context, stressed: &mut Stressed, slot: u32) -> Result<(), Failure> {
+    let id = start(args, context, stressed, slot)?;
+    let path = block_path(id);
+    let cannot =
+        |what: &str, error: &dyn std::fmt::Display| Failure::Environment(format!("failed to {what}: {error}"));
+    let mkfs = find_tool("mkfs.ext4", std::env::var_os("PATH").as_deref());
+    let made = Command::new(mkfs.unwrap_or_else(|| "mkfs.ext4".into()))
+        .args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
+        .arg(&path)
+        .stdout(Stdio::null())
+        .status()
+        .map_err(|error| cannot("run mkfs.ext4", &error))?;
+    if !made.success() {
+        return Err(Failure::broke("io", format!("mkfs.ext4 failed on {}: {made}", path.display())));
+    }
+    let at = tempfile::tempdir().map_err(|error| cannot("make a directory", &error))?;
+    mount(Some(&path), at.path(), Some("ext4"), MsFlags::empty(), None::<&str>)
+        .map_err(|errno| Failure::broke("io", format!("failed to mount {}: {errno}", path.display())))?;
+    let attached = Mounted(at.path());
+    let text: Vec<u8> = MAGIC.iter().copied().cycle().take(FILE_BYTES).collect();
+    fs::File::create(at.path().join("file"))
+        .and_then(|mut file| file.write_all(&text))
+        .map_err(|error| Failure::io("write a file", &error))?;
+    // Not synced: that is for the close.
+    let told = close(context, stressed, slot)?;
+    must_name(context, &told, &at.path().display().to_string())?;
+    context.evidence().add("closes_while_mounted", 1);
+    let found = count_magic(context, stressed, slot)?;
+    if found < FILE_BYTES as u64 {
+        let what = format!("of {FILE_BYTES} bytes of a file, {found} are in the storage after the close");
+        return Err(Failure::broke("writeback", what));
+    }
+    context.evidence().add("file_bytes_written_back", found);
+    drop(attached);
+    must_become_free(context, id)
+}
+
+/// How many bytes of the storage are the file's.
+fn count_magic(context: &Context, stressed: &mut Stressed, slot: u32) -> Result<u64, Failure> {
+    const CHUNK: usize = 1 << 20;
+    let mut found = 0;
+    let mut buf = vec![0; CHUNK];
+    for offset in (0..DEVICE_BYTES).step_by(CHUNK) {
+        stressed.read(context, slot, offset, &mut buf)?;
+        let pieces = buf.chunks_exact(MAGIC.len());
+        found += pieces.filter(|piece| piece == MAGIC).count() as u64 * MAGIC.len() as u64;
+    }
+    Ok(found)
+}

@@ -1,0 +1,441 @@
+//! The process whose devices are stressed: does what it is told, and closes everything when nobody is there to tell it.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io::{self, BufRead, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use ublkit::backends::Memory;
+use ublkit::{Backend, Closed, Controller, Deletion, Device, Event, Phase};
+
+use super::concurrent;
+use super::cycle::{Cycler, DEVICE_BYTES};
+use super::disk::Disk;
+use super::protocol::{ChurnOrder, Churned, Order, Plant, Report, Shape, Trouble};
+use crate::clock::nanoseconds;
+use crate::footprint::{self, Sample};
+use crate::inventory::Inventory;
+
+/// The argument with which this program becomes such a process.
+pub(crate) const ARGUMENT: &str = "stress-for-parent";
+/// Every how many cycles dirty pages are left to the close.
+const DIRTY_EVERY: u64 = 8;
+/// How often at most progress is told.
+const PROGRESS: Duration = Duration::from_millis(500);
+/// How long the requests may take to come that are to be in flight at a close.
+const GATHER: Duration = Duration::from_secs(20);
+
+/// A device that is served.
+struct Serving {
+    device: Arc<Device>,
+    disk: Arc<Disk>,
+}
+
+/// The process.
+struct Worker {
+    orders: Receiver<Order>,
+    enough: Arc<AtomicBool>,
+    before: Inventory,
+    serving: BTreeMap<u32, Serving>,
+    /// Storages of devices that are closed.
+    storages: BTreeMap<u32, Arc<Memory>>,
+}
+
+/// Runs the process until its standard input ends, and returns its exit status.
+pub(crate) fn main() -> u8 {
+    let (tell, orders) = mpsc::channel();
+    let enough = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&enough);
+    let reader = std::thread::Builder::new().name("orders".to_owned()).spawn(move || {
+        for line in io::stdin().lock().lines() {
+            let Ok(line) = line else { break };
+            match serde_json::from_str(&line) {
+                Ok(Order::Enough) => told.store(true, Ordering::SeqCst),
+                Ok(order) => {
+                    if tell.send(order).is_err() {
+                        break;
+                    }
+                }
+                Err(error) => say(&Report::Failed(Trouble::broke("stress", format!("not understood: {error}")))),
+            }
+        }
+        told.store(true, Ordering::SeqCst);
+    });
+    if let Err(error) = reader {
+        say(&Report::Failed(Trouble::Environment(format!("failed to start a thread: {error}"))));
+        return 4;
+    }
+    raise_descriptor_limit();
+    let mut worker =
+        Worker { orders, enough, before: Inventory::take(), serving: BTreeMap::new(), storages: BTreeMap::new() };
+    while let Ok(order) = worker.orders.recv() {
+        if let Err(trouble) = worker.obey(order) {
+            say(&Report::Failed(trouble));
+        }
+    }
+    worker.end();
+    0
+}
+
+/// As many descriptors as root may give this process: a device takes six.
+fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    if let Ok((_, most)) = getrlimit(Resource::RLIMIT_NOFILE) {
+        // What it does not get is said when it is needed.
+        let _ = setrlimit(Resource::RLIMIT_NOFILE, most, most);
+    }
+}
+
+/// One line, in one piece: reports come from several threads. A reader that is gone is noticed at the orders.
+pub(super) fn say(report: &Report) {
+    say_with(report, &[]);
+}
+
+fn say_with(report: &Report, bytes: &[u8]) {
+    static TURN: Mutex<()> = Mutex::new(());
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let Ok(mut line) = serde_json::to_vec(report) else { return };
+    line.push(b'\n');
+    line.extend_from_slice(bytes);
+    let mut out = io::stdout().lock();
+    let _reader_gone = out.write_all(&line).and_then(|()| out.flush());
+}
+
+impl Worker {
+    fn obey(&mut self, order: Order) -> Result<(), Trouble> {
+        match order {
+            Order::Churn(order) => say(&Report::Churned(churn(&order, &self.enough)?)),
+            Order::Start { slot, shape } => self.start(slot, &shape)?,
+            Order::CloseInFlight { slot, minimum, release_ms } => self.close_in_flight(slot, minimum, release_ms)?,
+            Order::Close { slot } => {
+                self.close(slot)?;
+                say(&Report::ClosedAll);
+            }
+            Order::CloseMany { slots, callers } => {
+                self.close_many(&slots, callers)?;
+                say(&Report::ClosedAll);
+            }
+            Order::Concurrently(order) => say(&Report::Concurred(concurrent::run(&order, &self.enough)?)),
+            Order::Read { slot, offset, len } => {
+                let memory = self.storage(slot)?;
+                let mut bytes = vec![0; len];
+                memory.read_at(&mut bytes, offset).map_err(|error| {
+                    Trouble::Environment(format!("failed to read the storage of device {slot}: {error}"))
+                })?;
+                say_with(&Report::Bytes { len }, &bytes);
+            }
+            Order::Forget => {
+                self.storages.clear();
+                say(&Report::Done);
+            }
+            Order::Footprint { cycles } => say(&Report::Sample(Sample::take(cycles))),
+            Order::Left => say(&Report::Left(self.before.surplus_after_settling())),
+            Order::Enough => {}
+        }
+        Ok(())
+    }
+
+    fn storage(&self, slot: u32) -> Result<Arc<Memory>, Trouble> {
+        let open = self.serving.get(&slot).map(|serving| serving.disk.memory());
+        open.or_else(|| self.storages.get(&slot)).cloned().ok_or_else(|| unknown(slot))
+    }
+
+    fn start(&mut self, slot: u32, shape: &Shape) -> Result<(), Trouble> {
+        let odd_one = slot % 2 == 1;
+        let shared = (shape.plant == Some(Plant::CrossTalk) && odd_one)
+            .then(|| self.serving.get(&(slot - 1)).map(|before| Arc::clone(before.disk.memory())))
+            .flatten();
+        let memory = shared.unwrap_or_else(|| Arc::new(Memory::new(shape.bytes)));
+        let disk = Arc::new(Disk::new(memory, Duration::from_millis(shape.write_ms), shape.plant));
+        let sink = Sink { disk: Arc::clone(&disk), device: Arc::new(OnceLock::new()) };
+        let known = Arc::clone(&sink.device);
+        let device = Device::builder(Arc::clone(&disk))
+            .depth(shape.depth)
+            .max_io_bytes(shape.max_io)
+            .workers(shape.workers)
+            .delete_deadline(Duration::from_millis(shape.delete_ms))
+            .stop_deadline(Duration::from_millis(shape.stop_ms))
+            .on_event(move |event| sink.hear(event))
+            .start()
+            .map_err(|error| explain_limits(error, slot))?;
+        let device = Arc::new(device);
+        let _first = known.set(Arc::downgrade(&device));
+        let id = device.id();
+        say(&Report::Made { id });
+        self.storages.insert(slot, Arc::clone(disk.memory()));
+        self.serving.insert(slot, Serving { device, disk });
+        let double = (shape.plant == Some(Plant::DoubleServed) && odd_one)
+            .then(|| self.serving.get(&(slot - 1)).map(|before| before.device.id()))
+            .flatten();
+        say(&Report::Served { slot, id: double.unwrap_or(id) });
+        Ok(())
+    }
+
+    fn close_in_flight(&mut self, slot: u32, minimum: u64, release_ms: u64) -> Result<(), Trouble> {
+        let serving = self.serving.get(&slot).ok_or_else(|| unknown(slot))?;
+        let disk = Arc::clone(&serving.disk);
+        disk.shut();
+        let until = Instant::now() + GATHER;
+        // Those that are held stay; the others may be answered before the close begins.
+        while taken(&serving.device).saturating_sub(disk.passed()) < minimum && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let opener = std::thread::spawn({
+            let disk = Arc::clone(&disk);
+            move || {
+                let until = Instant::now() + GATHER;
+                while !disk.is_stopping() && Instant::now() < until {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                std::thread::sleep(Duration::from_millis(release_ms));
+                disk.open();
+            }
+        });
+        let closed = self.close(slot);
+        disk.open();
+        let _panicked = opener.join();
+        closed?;
+        say(&Report::ClosedAll);
+        Ok(())
+    }
+
+    fn close(&mut self, slot: u32) -> Result<(), Trouble> {
+        let serving = self.serving.remove(&slot).ok_or_else(|| unknown(slot))?;
+        close_one(slot, &serving)
+    }
+
+    fn close_many(&mut self, slots: &[u32], callers: u32) -> Result<(), Trouble> {
+        let mut taken = Vec::new();
+        for slot in slots {
+            let serving = self.serving.remove(slot).ok_or_else(|| unknown(*slot))?;
+            taken.push((*slot, serving));
+        }
+        let (next, troubles) = (Mutex::new(taken.into_iter()), Mutex::new(Vec::new()));
+        std::thread::scope(|scope| {
+            for _ in 0..callers.max(1) {
+                scope.spawn(|| {
+                    loop {
+                        let Some((slot, serving)) = next.lock().unwrap_or_else(PoisonError::into_inner).next() else {
+                            break;
+                        };
+                        if let Err(trouble) = close_one(slot, &serving) {
+                            troubles.lock().unwrap_or_else(PoisonError::into_inner).push(trouble);
+                        }
+                    }
+                });
+            }
+        });
+        troubles.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().next().map_or(Ok(()), Err)
+    }
+
+    fn end(self) {
+        for serving in self.serving.into_values() {
+            serving.disk.open();
+            if let Err(error) = serving.device.close() {
+                eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.id());
+            }
+        }
+    }
+}
+
+fn unknown(slot: u32) -> Trouble {
+    Trouble::broke("stress", format!("there is no device number {slot} in this process"))
+}
+
+/// Requests that the server has taken.
+fn taken(device: &Device) -> u64 {
+    device.stats().iter().map(|queue| queue.requests).sum()
+}
+
+/// Those of them that the backend has not answered.
+fn in_flight(device: &Device, disk: &Disk) -> u64 {
+    let answered = disk.answered();
+    taken(device).saturating_sub(answered)
+}
+
+/// Tells what becomes of a device.
+struct Sink {
+    disk: Arc<Disk>,
+    device: Arc<OnceLock<Weak<Device>>>,
+}
+
+impl Sink {
+    fn hear(&self, event: &Event) {
+        match event {
+            Event::Phase(Phase::Stopping) => {
+                let device = self.device.get().and_then(Weak::upgrade);
+                let in_flight = device.map_or(0, |device| in_flight(&device, &self.disk));
+                say(&Report::Stopping { in_flight, at: nanoseconds() });
+                self.disk.stopping();
+            }
+            Event::Phase(Phase::Stopped) => say(&Report::Stopped),
+            Event::Phase(_) => {}
+            other => say(&Report::Note(other.to_string())),
+        }
+    }
+}
+
+fn close_one(slot: u32, serving: &Serving) -> Result<(), Trouble> {
+    let id = serving.device.id();
+    let begun = Instant::now();
+    let planted = serving.disk.plant();
+    let closed = if planted == Some(Plant::NeverDeleted) {
+        Controller::open()?.stop(id, Duration::from_secs(10))?;
+        say(&Report::Closed { slot, deferred: None, elapsed_ms: begun.elapsed().as_millis() as u64 });
+        // As if nobody had thought of it: the device stays with its server.
+        std::mem::forget(Arc::clone(&serving.device));
+        return Ok(());
+    } else {
+        serving.device.close()?
+    };
+    if let Some(error) = serving.device.first_error() {
+        return Err(Trouble::broke("server", format!("a queue of device {id} failed: {error}")));
+    }
+    let deferred = match &closed {
+        Closed { deletion: Deletion::Complete, .. } => None,
+        _ if planted == Some(Plant::UnnamedHolder) => Some("held by somebody".to_owned()),
+        deferred => Some(deferred.to_string()),
+    };
+    say(&Report::Gone { id });
+    say(&Report::Closed { slot, deferred, elapsed_ms: begun.elapsed().as_millis() as u64 });
+    Ok(())
+}
+
+/// What a start lacked, if it was something that can be raised.
+fn explain_limits(error: ublkit::Error, already: u32) -> Trouble {
+    use nix::errno::Errno;
+    use nix::sys::resource::{Resource, getrlimit};
+    let errno = error.errno().map(Errno::from_raw);
+    let what = format!("with {already} devices there already, failed to {error}");
+    match errno {
+        Some(Errno::EMFILE | Errno::ENFILE) => {
+            let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(_, most)| most);
+            Trouble::Environment(format!(
+                "{what}; a device takes up to seven descriptors, and this process may have {limit}: raise the hard limit \
+                 (`ulimit -Hn`), and /proc/sys/fs/file-max, or stress fewer --devices"
+            ))
+        }
+        Some(Errno::ENOMEM | Errno::EAGAIN) => Trouble::Environment(format!(
+            "{what}; a device takes up to 1 MiB of memory and a thread: give the machine more memory, raise the \
+             limits of threads (`ulimit -u`, /proc/sys/kernel/threads-max, the cgroup's pids.max), or stress fewer --devices"
+        )),
+        _ => error.into(),
+    }
+}
+
+/// Goes through cycles until there are enough of them.
+fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
+    let mut cycler = Cycler { seed: order.seed, plant: order.plant, costs: super::cycle::Costs::default() };
+    let mut churned = Churned::default();
+    let mut ids = BTreeSet::new();
+    let mut samples = Vec::new();
+    let mut planted = Planted::default();
+    // What is made once and kept comes with the first cycles.
+    let warm_up = (order.cycles / 5).min(2 * order.check_every);
+    let begun = Instant::now();
+    let mut told = Instant::now();
+    let mut before = None;
+    for number in 0..order.cycles {
+        let over = order.duration_ms.is_some_and(|most| begun.elapsed() >= Duration::from_millis(most));
+        if over || enough.load(Ordering::SeqCst) {
+            break;
+        }
+        let dirty = number % DIRTY_EVERY == DIRTY_EVERY - 1;
+        let outcome = cycler.cycle(number, dirty, &|id| {
+            if order.announce {
+                say(&Report::Made { id });
+            }
+        })?;
+        if order.announce {
+            say(&Report::Gone { id: outcome.id });
+        } else if !ids.contains(&outcome.id) {
+            say(&Report::Made { id: outcome.id });
+            say(&Report::Gone { id: outcome.id });
+        }
+        if outcome.deferred {
+            churned.deferred += 1;
+        }
+        ids.insert(outcome.id);
+        churned.cycles += 1;
+        churned.dirty_cycles += u64::from(dirty);
+        churned.bytes_verified += outcome.bytes_verified;
+        planted.strike(order.plant)?;
+        if churned.cycles == warm_up.max(1) {
+            before = Some(Inventory::take());
+        }
+        let looked_at = churned.cycles >= warm_up && churned.cycles.is_multiple_of(order.check_every);
+        if looked_at {
+            let sample = Sample::take(churned.cycles);
+            say(&Report::Sample(sample.clone()));
+            samples.push(sample);
+            fail_on_leaks(&samples, before.as_ref())?;
+        }
+        if told.elapsed() >= PROGRESS {
+            told = Instant::now();
+            say(&Report::Progress { done: churned.cycles, of: order.cycles });
+        }
+    }
+    churned.ids = ids.len() as u64;
+    churned.costs = cycler.costs;
+    // To the letter, at the end: one thing left in a thousand cycles is one too many.
+    let left = before.map(|before| before.surplus_after_settling()).unwrap_or_default();
+    if !left.is_empty() {
+        let what = format!("{} things are left after {} cycles", left.len(), churned.cycles);
+        return Err(Trouble::Broke { oracle: "leak".to_owned(), what, detail: left });
+    }
+    Ok(churned)
+}
+
+/// Ends a run in which something grows from look to look; what of it can be named is.
+fn fail_on_leaks(samples: &[Sample], before: Option<&Inventory>) -> Result<(), Trouble> {
+    let mut found = footprint::leaks(samples);
+    let Some(first) = found.first().cloned() else { return Ok(()) };
+    found.extend(before.map(Inventory::surplus_after_settling).unwrap_or_default().into_iter().take(10));
+    Err(Trouble::Broke { oracle: "leak".to_owned(), what: first, detail: found })
+}
+
+/// What planted bugs have left.
+#[derive(Default)]
+pub(super) struct Planted {
+    done: u64,
+}
+
+impl Planted {
+    fn strike(&mut self, plant: Option<Plant>) -> Result<(), Trouble> {
+        self.done += 1;
+        match plant {
+            Some(Plant::LeakedFd) => match std::fs::File::open("/dev/null") {
+                Ok(file) => std::mem::forget(file),
+                Err(error) => return Err(Trouble::Environment(format!("failed to leak a descriptor: {error}"))),
+            },
+            // Large enough to be a map of its own.
+            Some(Plant::LeakedMap) => drop(Vec::<u8>::with_capacity(DEVICE_BYTES as usize).leak()),
+            Some(Plant::LeakedMemory) => drop(vec![0xee_u8; 4096].leak()),
+            Some(Plant::LeakedThread) => drop(std::thread::spawn(|| {
+                loop {
+                    std::thread::park();
+                }
+            })),
+            Some(Plant::SkippedDelete) if self.done % 10 == 5 => Self::forget_a_device()?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// A device of which this process believes that it is gone.
+    pub(super) fn forget_a_device() -> Result<(), Trouble> {
+        let add = ublkit::ctrl::AddDevice {
+            id: None,
+            queues: 1,
+            depth: 1,
+            max_io_bytes: 4096,
+            features: ublkit::sys::ublk::Features::NONE,
+        };
+        let id = Controller::open()?.add(&add)?.id();
+        say(&Report::Made { id });
+        say(&Report::Gone { id });
+        Ok(())
+    }
+}

@@ -1,0 +1,131 @@
+//! `stress` as its users run it: sound devices pass, each planted bug is found, and nothing is left however it ends.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use super::runner::{cases, ids};
+use super::scenarios::{verdict, wait_for};
+
+cases!("stress":
+    churn_passes_and_says_where_the_time_goes in 90 s,
+    closing_under_load_passes in 60 s,
+    closing_from_many_threads_passes in 60 s,
+    many_devices_pass in 60 s,
+    held_devices_pass in 90 s,
+    what_leaks_in_each_cycle_is_found in 120 s,
+    a_forgotten_deletion_is_found in 90 s,
+    a_server_that_ends_before_its_device_is_found in 60 s,
+    what_is_lost_in_flight_is_found in 150 s,
+    a_close_that_tells_its_callers_wrong_is_found in 90 s,
+    devices_that_are_not_apart_are_found in 90 s,
+    a_holder_that_is_dealt_with_badly_is_found in 90 s,
+    an_interrupted_stress_leaves_nothing in 60 s,
+    a_killed_stress_leaves_nothing in 60 s,
+);
+
+fn passes(arguments: &str) -> serde_json::Value {
+    let verdict = verdict(arguments, 0);
+    assert_eq!(verdict["verdict"], "pass", "{verdict}");
+    verdict
+}
+
+/// The bug is found, as a broken promise or as a hang.
+fn finds(arguments: &str, code: i32) {
+    let verdict = verdict(&format!("stress {arguments}"), code);
+    assert_eq!(verdict["verdict"], if code == 2 { "fail" } else { "hang" }, "{verdict}");
+}
+
+fn churn_passes_and_says_where_the_time_goes() {
+    let verdict = passes("stress churn --seed 1 --cycles 48");
+    let count = |name: &str| verdict["evidence"][name].as_u64().unwrap_or(0);
+    assert!(count("dirty_closes") >= 6 && count("looks") >= 4 && count("cycle_mean_us") > 0, "{verdict}");
+}
+
+fn closing_under_load_passes() {
+    passes("stress io-while-close --seed 2 --rounds 2");
+}
+
+fn closing_from_many_threads_passes() {
+    passes("stress concurrent-close --seed 3 --rounds 1");
+}
+
+fn many_devices_pass() {
+    passes("stress many --seed 4 --devices 12");
+}
+
+fn held_devices_pass() {
+    passes("stress held --seed 5 --rounds 1");
+}
+
+fn what_leaks_in_each_cycle_is_found() {
+    for plant in ["leaked-fd", "leaked-map", "leaked-thread", "leaked-memory"] {
+        finds(&format!("churn --seed 6 --cycles 48 --plant {plant}"), 2);
+    }
+}
+
+fn a_forgotten_deletion_is_found() {
+    finds("churn --seed 7 --cycles 8 --plant skipped-delete", 2);
+    finds("concurrent-close --seed 7 --rounds 1 --plant skipped-delete", 2);
+}
+
+fn a_server_that_ends_before_its_device_is_found() {
+    finds("churn --seed 8 --cycles 16 --plant kill-instead-of-stop", 2);
+    finds("io-while-close --seed 8 --rounds 1 --plant kill-instead-of-stop", 2);
+}
+
+fn what_is_lost_in_flight_is_found() {
+    finds("io-while-close --seed 9 --rounds 1 --plant lost-in-flight", 2);
+    finds("io-while-close --seed 9 --rounds 1 --plant forgotten-request", 3);
+}
+
+fn a_close_that_tells_its_callers_wrong_is_found() {
+    finds("concurrent-close --seed 10 --rounds 1 --plant early-answer", 2);
+    finds("concurrent-close --seed 10 --rounds 1 --plant split-answer", 2);
+}
+
+fn devices_that_are_not_apart_are_found() {
+    for plant in ["cross-talk", "double-served", "closed-neighbour"] {
+        finds(&format!("many --seed 11 --devices 6 --plant {plant}"), 2);
+    }
+}
+
+fn a_holder_that_is_dealt_with_badly_is_found() {
+    for plant in ["unnamed-holder", "never-deleted", "dropped-pages"] {
+        finds(&format!("held --seed 12 --rounds 1 --plant {plant}"), 2);
+    }
+}
+
+/// A run that has made its first devices is sent a signal; nothing of it is left.
+fn ended_by(signal: Signal, arguments: &[&str]) {
+    let before = ids();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
+        .arg("stress")
+        .args(arguments)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .expect("run ublk-torture");
+    wait_for("a device of a run", || ids().difference(&before).next().copied());
+    std::thread::sleep(Duration::from_millis(300));
+    kill(Pid::from_raw(child.id() as i32), signal).expect("kill");
+    let status = wait_for("the end of a run", || child.try_wait().expect("wait"));
+    if signal == Signal::SIGINT {
+        // Judged by the work it had done: a pass or vacuous.
+        assert!(matches!(status.code(), Some(0 | 5)), "{status}");
+        assert!(ids().is_subset(&before), "{:?}", ids());
+    }
+    wait_for("the end of the devices", || ids().is_subset(&before).then_some(()));
+}
+
+fn an_interrupted_stress_leaves_nothing() {
+    ended_by(Signal::SIGINT, &["many", "--devices", "400"]);
+    ended_by(Signal::SIGINT, &["churn", "--cycles", "100000"]);
+}
+
+fn a_killed_stress_leaves_nothing() {
+    ended_by(Signal::SIGKILL, &["many", "--devices", "400"]);
+    ended_by(Signal::SIGKILL, &["io-while-close", "--rounds", "1000"]);
+}

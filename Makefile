@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
+.PHONY: help torture probe flush-trace sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ torture: release ## Torture a ublk device: seeded random I/O, every byte verifie
 
 probe: release ## Check step by step that both sides of the stack agree
 	$(RUN) -- $(TORTURE) probe --report $(REPORTS)/probe $(ARGS)
+
+flush-trace: release ## Where the time goes between fsync and the backend: a picture, a trace, numbers (reports/flush-trace)
+	$(RUN) -- $(TORTURE) flush-trace --report $(REPORTS)/flush-trace --writeback-age 2s --workers-backend 2 $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)

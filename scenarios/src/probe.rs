@@ -5,7 +5,7 @@
 //! the page cache, over unmounts and power cuts. At the end nothing may be left.
 
 mod device;
-mod filesystem;
+pub(crate) mod filesystem;
 mod power;
 
 use std::collections::BTreeMap;

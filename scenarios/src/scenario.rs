@@ -114,6 +114,12 @@ pub const SCENARIOS: &[Entry] = &[
         "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
     ),
     crate::simulated::TORTURE,
+    Entry::new::<crate::flush_trace::Args>(
+        "flush-trace",
+        "trace where the time goes between fsync and the backend: a picture, a trace, and why the device was idle",
+    )
+    .short(&[&["--size", "64M", "--rounds", "2", "--writeback-age", "1s", "--workers-backend", "2"]])
+    .plants(crate::flush_trace::PLANTS),
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::replay::Args>("replay", "run what a failure left behind once more: a bundle, or a script"),
 ];

@@ -95,7 +95,8 @@ fn use_mounted(
     Ok(())
 }
 
-fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
+/// Makes an ext4 that leaves nothing for later.
+pub(crate) fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let before = target.counts()?;
     // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
     let lazy = "lazy_itable_init=0,lazy_journal_init=0";
@@ -333,7 +334,7 @@ fn remount(context: &mut Context, target: &Target, files: &[Written]) -> Result<
 }
 
 /// What a file of this name holds.
-pub(super) fn content(seed: Seed, name: &str, len: usize) -> Vec<u8> {
+pub(crate) fn content(seed: Seed, name: &str, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     seed.derive(name, len as u64).rng().fill(&mut bytes);
     bytes
@@ -361,7 +362,7 @@ fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure
 }
 
 /// Where what was found differs from what was written, in words.
-pub(super) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
+pub(crate) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
     if let Some(at) = found.iter().zip(written).position(|(found, written)| found != written) {
         let end = |bytes: &[u8]| (at + 16).min(bytes.len());
         let zero =
@@ -377,14 +378,14 @@ pub(super) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
 
 /// A mounted file system. Dropping it unmounts in any way that works.
 #[derive(Debug)]
-pub(super) struct Mounted {
+pub(crate) struct Mounted {
     dir: PathBuf,
     mounted: bool,
 }
 
 impl Mounted {
     /// Mounts the ext4 on `device` on a new directory of its own.
-    pub(super) fn mount(device: &Path) -> Result<Self, Failure> {
+    pub(crate) fn mount(device: &Path) -> Result<Self, Failure> {
         // Kept by hand: whatever is removed by itself must not be removed while something is mounted there.
         let dir = tempfile::Builder::new()
             .prefix("ublk-torture-mount-")
@@ -406,12 +407,12 @@ impl Mounted {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.dir
     }
 
     /// Unmounts as a user would, and fails if that fails.
-    pub(super) fn unmount(mut self) -> Result<(), Failure> {
+    pub(crate) fn unmount(mut self) -> Result<(), Failure> {
         let patience = Instant::now() + Duration::from_secs(10);
         loop {
             match umount2(&self.dir, MntFlags::empty()) {

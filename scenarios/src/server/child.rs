@@ -117,6 +117,7 @@ impl Server {
                 Reply::Switched
             }
             Call::Testify { device } => Reply::Testimony(self.device(device)?.stack.testimony()),
+            Call::Recording { device } => Reply::Recording(self.device(device)?.stack.recording()),
             Call::Status { device } => Reply::Status(self.device(device)?.status()),
             Call::Close { device } => Reply::Closed(self.close(device)?),
         };

@@ -5,6 +5,7 @@ use ublkit_harness::Seed;
 use ublkit_harness::observe::Counts;
 
 use super::witness::Testimony;
+use crate::flush_trace::Recording;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
@@ -29,6 +30,8 @@ pub(super) enum Call {
     Faults { device: usize, on: bool },
     /// What happened at a device's storage since the last time.
     Testify { device: usize },
+    /// The calls of a device's storage that were recorded.
+    Recording { device: usize },
     /// How a device is doing.
     Status { device: usize },
     /// Close a device.
@@ -48,6 +51,7 @@ pub(super) enum Reply {
     Alive,
     Switched,
     Testimony(Testimony),
+    Recording(Recording),
     Copied {
         storage: usize,
     },

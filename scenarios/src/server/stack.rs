@@ -21,6 +21,7 @@ use super::socket::Socket;
 use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
 use crate::clock::nanoseconds;
+use crate::flush_trace::{Bug, Buggy, LOSE, Recorded, Recorder, Recording, Tracing, cost_ns};
 use crate::scenario::Failure;
 use crate::target::{NEIGHBOUR, TargetArgs};
 use crate::torture::outage::Outage;
@@ -57,13 +58,25 @@ struct Below {
     faults: Faults,
     notes: Notes,
     planted: Option<Planted>,
+    /// Calls of the storage are recorded here.
+    tracing: Option<(Tracing, Arc<Recorder>)>,
 }
 
 impl Below {
+    /// The storage, as it is seen from above.
+    fn storage(&self) -> Arc<dyn Backend> {
+        let storage = Arc::clone(&self.storage.freezer);
+        let Some((tracing, recorder)) = &self.tracing else { return storage };
+        let recorded = Recorded::new(storage, Arc::clone(recorder));
+        match tracing.bug {
+            Some(bug) => Arc::new(Buggy::new(recorded, bug)),
+            None => Arc::new(recorded),
+        }
+    }
+
     /// What is plugged in.
     fn plug(&self, plot: &Plot) -> Arc<dyn Backend> {
-        let faulty =
-            Timed::new(Arc::new(self.faults.backend(Arc::clone(&self.storage.freezer))), self.faults.clone());
+        let faulty = Timed::new(Arc::new(self.faults.backend(self.storage())), self.faults.clone());
         // Beside a planted bug speed does not count, and more can be told of what it did.
         let witness = Arc::new(Witness::new(faulty, self.notes.clone(), self.planted.is_some()));
         match self.planted {
@@ -98,7 +111,11 @@ impl Stack {
                 lock(&admitted).push(made);
             }
         }));
-        let below = Below { storage, faults, notes: Notes::default(), planted: args.mutant };
+        let tracing = args.tracing.map(|tracing| {
+            let lose = if tracing.bug == Some(Bug::RecordsLost) { LOSE } else { 0 };
+            (tracing, Arc::new(Recorder::new(tracing.room, lose)))
+        });
+        let below = Below { storage, faults, notes: Notes::default(), planted: args.mutant, tracing };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let (top, counters) = Observed::new(Arc::clone(&socket));
         let top = Arc::new(top);
@@ -174,6 +191,12 @@ impl Stack {
         let mut injections = self.below.faults.take_injections();
         injections.append(&mut lock(&self.admitted));
         Testimony { calls: self.below.notes.take(), injections }
+    }
+
+    /// The calls of the storage until now, if they are recorded.
+    pub(super) fn recording(&self) -> Recording {
+        let recorded = self.below.tracing.as_ref().map(|(_, recorder)| recorder.recording());
+        Recording { cost_ns: cost_ns(), ..recorded.unwrap_or_default() }
     }
 
     /// What the kernel has asked for.

@@ -7,6 +7,7 @@ mod control;
 mod disk;
 mod errnos;
 mod faults;
+mod flush_trace;
 mod geometry;
 mod handlers;
 mod io;
@@ -35,6 +36,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         orphans::cases(),
         scenarios::cases(),
         torture::cases(),
+        flush_trace::cases(),
     ]
     .into_iter()
     .flatten()

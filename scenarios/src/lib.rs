@@ -16,6 +16,7 @@ pub mod cli;
 mod clock;
 pub mod context;
 pub mod environment;
+pub mod external;
 pub mod flush_trace;
 pub mod gates;
 mod inventory;

@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe flush-trace sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
+.PHONY: help torture probe flush-trace sim mutants test test-unit test-integration test-vm test-scripts test-external fuzz shrinking user-crate mutants-device confusion lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -57,6 +57,10 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	$(CARGO) build --quiet -p ublkit --features cli
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/cli target/debug/ublkit
 	ci/tests/vm $(KERNEL)
+
+test-external: ## ublk-torture on devices that it does not serve: nbdkit over NBD, sound and lossy; RUBLK=PROGRAM for that too
+	$(CARGO) build --quiet -p ublk-torture
+	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/external target/debug/ublk-torture $(RUBLK)
 
 fuzz: ## Arbitrary input for everything that reads any: DURATION seconds for each target, TARGETS or all
 	$(CARGO) run --profile fuzz --quiet -p ublkit-fuzz -- --duration $(DURATION) $(TARGETS)

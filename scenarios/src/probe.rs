@@ -5,6 +5,7 @@
 //! the page cache, over unmounts and power cuts. At the end nothing may be left.
 
 mod device;
+mod external;
 pub(crate) mod filesystem;
 mod power;
 
@@ -16,6 +17,7 @@ use serde_json::Value;
 
 use crate::cli::CommonArgs;
 use crate::context::Context;
+use crate::external::ExternalArgs;
 use crate::inventory::Inventory;
 use crate::scenario::{Failure, Needs, Scenario};
 use crate::target::{Target, TargetArgs};
@@ -34,6 +36,8 @@ pub struct Args {
     common: CommonArgs,
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    external: ExternalArgs,
 }
 
 impl Scenario for Args {
@@ -42,14 +46,18 @@ impl Scenario for Args {
     }
 
     fn options(&self) -> BTreeMap<String, Value> {
+        if self.external.is_asked_for() {
+            return self.external.options().into_iter().collect();
+        }
         self.target.options()
     }
 
     fn needs(&self) -> Needs {
-        Needs { ublk: true, tools: &["mkfs.ext4", "e2fsck"] }
+        Needs { ublk: !self.external.is_asked_for(), tools: &["mkfs.ext4", "e2fsck"] }
     }
 
     fn validate(&self) -> Result<(), Failure> {
+        self.external.validate()?;
         if !(SIZE_MIN..=SIZE_MAX).contains(&self.target.size) {
             return Err(Failure::Usage(format!(
                 "--size {}: probe makes a file system on the device; choose a size from {} to {}",
@@ -62,6 +70,9 @@ impl Scenario for Args {
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
+        if self.external.is_asked_for() {
+            return self.somebody_elses(context);
+        }
         self.state_minimums(context);
         let before = Inventory::take();
         let mut made = Vec::new();
@@ -74,6 +85,18 @@ impl Scenario for Args {
 }
 
 impl Args {
+    /// A device into whose storage there is no look.
+    fn somebody_elses(&self, context: &mut Context) -> Result<(), Failure> {
+        for (name, minimum) in external::MINIMUMS {
+            context.evidence().require(name, minimum);
+        }
+        let claimed = context.step("start", Duration::from_secs(120), |context| self.external.start(context))?;
+        let Some(mut device) = claimed else { return Ok(()) };
+        let checked = external::check(context, &mut device);
+        let closed = context.always("close", Duration::from_secs(120), |context| device.close(context));
+        checked.and(closed)
+    }
+
     /// The least work that proves something.
     fn state_minimums(&self, context: &Context) {
         let evidence = context.evidence();

@@ -98,10 +98,7 @@ fn use_mounted(
 /// Makes an ext4 that leaves nothing for later.
 pub(crate) fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let before = target.counts()?;
-    // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
-    let lazy = "lazy_itable_init=0,lazy_journal_init=0";
-    let path = target.path();
-    run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-E", lazy, &path.display().to_string()])?;
+    mkfs(&target.path())?;
     let after = target.counts()?;
     let bytes = after.write_bytes - before.write_bytes;
     if bytes == 0 {
@@ -113,6 +110,13 @@ pub(crate) fn make(context: &mut Context, target: &Target) -> Result<(), Failure
         after.discards - before.discards
     ));
     Ok(())
+}
+
+/// Makes an ext4 on a device.
+pub(super) fn mkfs(path: &Path) -> Result<(), Failure> {
+    // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
+    let lazy = "lazy_itable_init=0,lazy_journal_init=0";
+    run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-E", lazy, &path.display().to_string()])
 }
 
 /// Runs a program that has to succeed.
@@ -159,7 +163,7 @@ fn write_and_syncfs(
 }
 
 /// What `sync -f` does: only this file system, since syncing all of them waits for the whole host.
-fn sync(mounted: &Mounted) -> Result<(), Failure> {
+pub(super) fn sync(mounted: &Mounted) -> Result<(), Failure> {
     let dir = File::open(mounted.path()).map_err(|error| Failure::io("open the mounted directory", &error))?;
     syncfs(&dir).map_err(|errno| Failure::io("sync the file system", &errno.into()))
 }
@@ -230,7 +234,7 @@ fn compare_cold(context: &Context, target: &Target, mounted: &Mounted, files: &[
 
 /// Has the kernel forget a file's pages. They must be clean: only the file's own are dropped, where
 /// `/proc/sys/vm/drop_caches` would take those of the whole host, and neither drops dirty ones.
-fn drop_cached(path: &Path) -> Result<(), Failure> {
+pub(super) fn drop_cached(path: &Path) -> Result<(), Failure> {
     let cannot =
         |error: std::io::Error| Failure::io(format_args!("drop {} from the page cache", path.display()), &error);
     let file = File::open(path).map_err(cannot)?;
@@ -344,13 +348,13 @@ fn create(dir: &Path, name: &str) -> Result<File, Failure> {
     File::create_new(dir.join(name)).map_err(|error| Failure::io(format_args!("create the file {name}"), &error))
 }
 
-fn write(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
+pub(super) fn write(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
     create(dir, name)?
         .write_all(&content(seed, name, len))
         .map_err(|error| Failure::io(format_args!("write the file {name}"), &error))
 }
 
-fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
+pub(super) fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
     let mut found = Vec::new();
     File::open(dir.join(name))
         .and_then(|mut file| file.read_to_end(&mut found))

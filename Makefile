@@ -58,7 +58,7 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/cli target/debug/ublkit
 	ci/tests/vm $(KERNEL)
 
-test-external: ## ublk-torture on devices that it does not serve: nbdkit over NBD, sound and lossy; RUBLK=PROGRAM for that too
+test-external: ## ublk-torture on devices that it does not serve: nbdkit over NBD, sound and lossy; RUBLK=PROGRAM for rublk too
 	$(CARGO) build --quiet -p ublk-torture
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/external target/debug/ublk-torture $(RUBLK)
 

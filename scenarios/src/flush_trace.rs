@@ -80,7 +80,7 @@ pub struct Args {
     /// Calls of the backend that there is room for
     #[arg(long, value_name = "N", default_value_t = 65_536, help_heading = "Recording")]
     records: usize,
-    /// The most that the server may take of a request beside the call of the backend, in the median
+    /// The most that the server may take of a request beside the call of the backend; one in ten must be as quick
     #[arg(long, value_name = "TIME", default_value = "25ms", value_parser = parse_duration, help_heading = "Recording")]
     server_delay: Duration,
     /// Plant a bug in the server or in the recorder

@@ -19,7 +19,7 @@ const LISTED: usize = 8;
 pub(super) struct Rules {
     /// The device has a volatile cache: what is to be durable takes a flush.
     pub(super) flushes: bool,
-    /// The most that the server may take of a request, in the median.
+    /// The most that the server may take of the quickest tenth of the requests.
     pub(super) server_delay: Duration,
 }
 
@@ -197,16 +197,17 @@ fn durability(story: &Story, rules: Rules) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The server does not sit on requests.
+/// The server does not sit on requests. A machine that is busy with other things delays many, but not nine in ten: what is
+/// asked is of the quickest tenth, so that load alone is never a failure.
 fn server(story: &Story, numbers: &Numbers, rules: Rules) -> Result<(), Failure> {
     let limit = rules.server_delay.as_nanos() as u64;
-    if numbers.server.count == 0 || numbers.server.p50 <= limit {
+    if numbers.server.count == 0 || numbers.server.p10 <= limit {
         return Ok(());
     }
     let shares = numbers.shares_ns;
     let what = format!(
-        "the server keeps requests: {} in the median, beside the call of the backend (at most {} with --server-delay); of the time it has {:.0} %, the backend {:.0} %",
-        duration(numbers.server.p50),
+        "the server keeps requests: nine in ten for {} or more, beside the call of the backend (--server-delay allows {}); of the time it has {:.0} %, the backend {:.0} %",
+        duration(numbers.server.p10),
         duration(limit),
         shares.percent(shares.before + shares.after),
         shares.percent(shares.backend)

@@ -13,6 +13,7 @@ const GAPS: usize = 5;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub(super) struct Latency {
     pub(super) count: usize,
+    pub(super) p10: u64,
     pub(super) p50: u64,
     pub(super) p90: u64,
     pub(super) p99: u64,
@@ -29,6 +30,7 @@ impl Latency {
         };
         Self {
             count: durations.len(),
+            p10: rank(10),
             p50: rank(50),
             p90: rank(90),
             p99: rank(99),
@@ -235,8 +237,8 @@ mod tests {
     #[test]
     fn percentiles_are_of_the_nearest_rank() {
         let latency = Latency::of((1..=100).rev().collect());
-        assert_eq!(latency, Latency { count: 100, p50: 50, p90: 90, p99: 99, max: 100 });
-        assert_eq!(Latency::of(vec![7]), Latency { count: 1, p50: 7, p90: 7, p99: 7, max: 7 });
+        assert_eq!(latency, Latency { count: 100, p10: 10, p50: 50, p90: 90, p99: 99, max: 100 });
+        assert_eq!(Latency::of(vec![7]), Latency { count: 1, p10: 7, p50: 7, p90: 7, p99: 7, max: 7 });
         assert_eq!(Latency::of(Vec::new()), Latency::default());
     }
 

@@ -222,7 +222,7 @@ impl Args {
                 context.note(format!("{}: largest gap {}", phase.name, numbers::sentence(gap)));
             }
         }
-        self.write(context, &story, &numbers)?;
+        Self::write(context, &story, &numbers)?;
         context.step("judge", s(60), |context| {
             let rules = Rules { flushes: self.flushes(), server_delay: self.server_delay };
             judge::judge(context, &story, &numbers, rules)?;
@@ -264,7 +264,7 @@ impl Args {
     }
 
     /// Picture, trace and numbers.
-    fn write(&self, context: &mut Context, story: &Story, numbers: &Numbers) -> Result<(), Failure> {
+    fn write(context: &mut Context, story: &Story, numbers: &Numbers) -> Result<(), Failure> {
         let Some(dir) = context.report_dir().map(Path::to_owned) else {
             context.note("no picture and no trace are written: add --report DIR");
             return Ok(());

@@ -303,7 +303,8 @@ mod tests {
     #[test]
     fn the_last_lines_are_kept_and_the_first_is_told() {
         let said = Said::default();
-        let text: String = (0..100).map(|line| format!("line {line}\n")).collect();
+        let lines: Vec<String> = (0..100).map(|line| format!("line {line}")).collect();
+        let text = lines.join("\n");
         let first = listen(io::Cursor::new(text), &said);
         assert_eq!(first.recv_timeout(Duration::from_secs(10)).as_deref(), Ok("line 0"));
         // The thread ends when all is read, and with it the channel.

@@ -119,9 +119,9 @@ mod tests {
     }
 
     /// What the format asks for: "Trace Event Format", the document that Perfetto and `chrome://tracing` go by.
-    fn check(trace: &Value) -> BTreeMap<String, usize> {
-        let events = trace["traceEvents"].as_array().expect("an array of events");
-        assert!(matches!(trace["displayTimeUnit"].as_str(), Some("ms" | "ns")));
+    fn check(whole: &Value) -> BTreeMap<String, usize> {
+        let events = whole["traceEvents"].as_array().expect("an array of events");
+        assert!(matches!(whole["displayTimeUnit"].as_str(), Some("ms" | "ns")));
         let mut count = BTreeMap::new();
         let mut named = BTreeSet::new();
         let mut tracks: BTreeMap<(u64, u64), Vec<(f64, f64)>> = BTreeMap::new();

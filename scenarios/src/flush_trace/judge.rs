@@ -63,7 +63,7 @@ fn attributed_percent(story: &Story) -> u64 {
         .filter(|call| story.phases.iter().any(|phase| call.began >= phase.span.from && call.began < phase.span.to))
         .map(|call| call.ended - call.began)
         .sum();
-    if total == 0 { 0 } else { total.saturating_sub(unasked) * 100 / total }
+    (total.saturating_sub(unasked) * 100).checked_div(total).unwrap_or(0)
 }
 
 fn describe(request: &Request) -> String {

@@ -90,7 +90,9 @@ impl Numbers {
     pub(super) fn of(story: &Story) -> Self {
         let phases: Vec<OfPhase> = story.phases.iter().map(|phase| of_phase(story, phase)).collect();
         let mut shares = Shares::default();
-        phases.iter().for_each(|phase| shares.add(phase.shares_ns));
+        for phase in &phases {
+            shares.add(phase.shares_ns);
+        }
         Self {
             kernel_release: story.kernel_release.clone(),
             seed: story.seed,

@@ -270,8 +270,8 @@ mod tests {
                 let recorder = &recorder;
                 scope.spawn(move || {
                     for call in 0..1000 {
-                        let recorded = recorder.record(OpKind::Write, thread << 32 | call, 1, || Ok(()));
-                        recorded.expect("succeeds");
+                        let done = recorder.record(OpKind::Write, thread << 32 | call, 1, || Ok(()));
+                        done.expect("succeeds");
                     }
                 });
             }

@@ -157,9 +157,9 @@ impl Stage<'_> {
     pub(super) fn play(&self, context: &Context, kind: Kind, round: u32) -> Result<Played, Failure> {
         let name = format!("{}-{round}", kind.name());
         let path = self.dir.join(&name);
-        let content = content(context.seed(), &name, kind.bytes());
+        let bytes_of_it = content(context.seed(), &name, kind.bytes());
         let overwrite = vec![round as u8; OVERWRITE];
-        let mut actor = Actor { content, waits: Vec::new(), written: 0 };
+        let mut actor = Actor { content: bytes_of_it, waits: Vec::new(), written: 0 };
         let before = self.target.counts()?;
         let mut quiet_since = None;
         let mut read = None;

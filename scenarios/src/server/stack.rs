@@ -67,10 +67,10 @@ impl Below {
     fn storage(&self) -> Arc<dyn Backend> {
         let storage = Arc::clone(&self.storage.freezer);
         let Some((tracing, recorder)) = &self.tracing else { return storage };
-        let recorded = Recorded::new(storage, Arc::clone(recorder));
+        let watched = Recorded::new(storage, Arc::clone(recorder));
         match tracing.bug {
-            Some(bug) => Arc::new(Buggy::new(recorded, bug)),
-            None => Arc::new(recorded),
+            Some(bug) => Arc::new(Buggy::new(watched, bug)),
+            None => Arc::new(watched),
         }
     }
 
@@ -195,8 +195,8 @@ impl Stack {
 
     /// The calls of the storage until now, if they are recorded.
     pub(super) fn recording(&self) -> Recording {
-        let recorded = self.below.tracing.as_ref().map(|(_, recorder)| recorder.recording());
-        Recording { cost_ns: cost_ns(), ..recorded.unwrap_or_default() }
+        let seen = self.below.tracing.as_ref().map(|(_, recorder)| recorder.recording());
+        Recording { cost_ns: cost_ns(), ..seen.unwrap_or_default() }
     }
 
     /// What the kernel has asked for.

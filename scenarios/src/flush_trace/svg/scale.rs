@@ -104,10 +104,10 @@ mod tests {
     #[test]
     fn time_is_to_scale_and_in_order() {
         let scale = Scale::new(&[stretch(1000, 1500, Why::Kernel), stretch(1500, 2000, Why::Backend)], 100.0, 800.0);
-        assert_eq!([1000, 1250, 1500, 2000].map(|at| scale.x(at)), [100.0, 300.0, 500.0, 900.0]);
+        assert_eq!([1000, 1250, 1500, 2000].map(|at| scale.x(at).round() as u64), [100, 300, 500, 900]);
         assert_eq!(scale.cuts().count(), 0);
         // What lies beyond the ends is drawn at them.
-        assert_eq!([0, 9999].map(|at| scale.x(at)), [100.0, 900.0]);
+        assert_eq!([0, 9999].map(|at| scale.x(at).round() as u64), [100, 900]);
         assert!(scale.ticks().len() > 4, "{:?}", scale.ticks());
     }
 
@@ -130,6 +130,6 @@ mod tests {
     fn nothing_at_all_is_a_line_too() {
         let scale = Scale::new(&[stretch(5, 100, Why::Nothing)], 10.0, 100.0);
         assert!((scale.x(100) - 110.0).abs() < 1e-6);
-        assert_eq!(Scale::new(&[], 10.0, 100.0).x(7), 0.0);
+        assert!(Scale::new(&[], 10.0, 100.0).x(7).abs() < 1e-6);
     }
 }

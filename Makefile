@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +34,9 @@ fault: release ## Errors of every kind, at every point, at every rate, and what 
 
 stress: release ## Devices by the thousand: churn, closes under load and from many sides, many at once; nothing is left
 	$(RUN) -- $(TORTURE) stress --report $(REPORTS)/stress $(ARGS)
+
+flush-trace: release ## Where the time goes between fsync and the backend: a picture, a trace, numbers (reports/flush-trace)
+	$(RUN) -- $(TORTURE) flush-trace --report $(REPORTS)/flush-trace --writeback-age 2s --workers-backend 2 $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)
@@ -60,6 +63,10 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	$(CARGO) build --quiet -p ublkit --features cli
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/cli target/debug/ublkit
 	ci/tests/vm $(KERNEL)
+
+test-external: ## ublk-torture on devices that it does not serve: nbdkit over NBD, sound and lossy; RUBLK=PROGRAM for rublk too
+	$(CARGO) build --quiet -p ublk-torture
+	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/external target/debug/ublk-torture $(RUBLK)
 
 fuzz: ## Arbitrary input for everything that reads any: DURATION seconds for each target, TARGETS or all
 	$(CARGO) run --profile fuzz --quiet -p ublkit-fuzz -- --duration $(DURATION) $(TARGETS)

@@ -5,7 +5,8 @@
 //! the page cache, over unmounts and power cuts. At the end nothing may be left.
 
 mod device;
-mod filesystem;
+mod external;
+pub(crate) mod filesystem;
 mod power;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::cli::CommonArgs;
 use crate::context::Context;
+use crate::external::ExternalArgs;
 use crate::inventory::Inventory;
 use crate::scenario::{Failure, Needs, Plant, Scenario};
 use crate::server::Lie;
@@ -36,6 +38,8 @@ pub struct Args {
     common: CommonArgs,
     #[command(flatten)]
     target: TargetArgs,
+    #[command(flatten)]
+    external: ExternalArgs,
     /// Plant a bug in the server that no other scenario looks for
     #[arg(long, value_enum, value_name = "NAME", help_heading = "Device")]
     plant: Option<Lie>,
@@ -76,16 +80,20 @@ impl Scenario for Args {
     }
 
     fn options(&self) -> BTreeMap<String, Value> {
+        if self.external.is_asked_for() {
+            return self.external.options().into_iter().collect();
+        }
         let plant = self.plant.and_then(|plant| plant.to_possible_value());
         let plant = ("plant".to_owned(), json!(plant.map(|plant| plant.get_name().to_owned())));
         self.target.options().into_iter().chain([plant]).collect()
     }
 
     fn needs(&self) -> Needs {
-        Needs { ublk: true, tools: &["mkfs.ext4", "e2fsck"] }
+        Needs { ublk: !self.external.is_asked_for(), tools: &["mkfs.ext4", "e2fsck"] }
     }
 
     fn validate(&self) -> Result<(), Failure> {
+        self.external.validate()?;
         if !(SIZE_MIN..=SIZE_MAX).contains(&self.target.size) {
             return Err(Failure::Usage(format!(
                 "--size {}: probe makes a file system on the device; choose a size from {} to {}",
@@ -98,6 +106,9 @@ impl Scenario for Args {
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
+        if self.external.is_asked_for() {
+            return self.somebody_elses(context);
+        }
         self.state_minimums(context);
         let before = Inventory::take();
         let mut made = Vec::new();
@@ -111,6 +122,18 @@ impl Scenario for Args {
 }
 
 impl Args {
+    /// A device into whose storage there is no look.
+    fn somebody_elses(&self, context: &mut Context) -> Result<(), Failure> {
+        for (name, minimum) in external::MINIMUMS {
+            context.evidence().require(name, minimum);
+        }
+        let claimed = context.step("start", Duration::from_secs(120), |context| self.external.start(context))?;
+        let Some(mut device) = claimed else { return Ok(()) };
+        let checked = external::check(context, &mut device);
+        let closed = context.always("close", Duration::from_secs(120), |context| device.close(context));
+        checked.and(closed)
+    }
+
     /// The least work that proves something.
     fn state_minimums(&self, context: &Context) {
         let evidence = context.evidence();

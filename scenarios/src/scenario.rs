@@ -120,6 +120,12 @@ pub const SCENARIOS: &[Entry] = &[
         .short(crate::fault::SHORT)
         .plants(crate::fault::PLANTS),
     crate::stress::ENTRY,
+    Entry::new::<crate::flush_trace::Args>(
+        "flush-trace",
+        "trace where the time goes between fsync and the backend: a picture, a trace, and why the device was idle",
+    )
+    .short(&[&["--size", "64M", "--rounds", "2", "--writeback-age", "1s", "--workers-backend", "2"]])
+    .plants(crate::flush_trace::PLANTS),
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::suite::Args>(
         "suite",

@@ -20,6 +20,7 @@ use ublkit_harness::sim::medium::{Medium, MediumDisk, MediumOptions};
 use ublkit_harness::{DiscardPromise, Evidence};
 
 use crate::context::Context;
+use crate::flush_trace::{Recording, Tracing};
 use crate::scenario::Failure;
 use crate::server::{Hang, Lie, Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
@@ -115,6 +116,9 @@ pub struct TargetArgs {
     /// Where the server hangs, once it has to
     #[arg(skip)]
     pub(crate) hang: Option<Hang>,
+    /// How the calls of the storage are recorded, if they are
+    #[arg(skip)]
+    pub(crate) tracing: Option<Tracing>,
 }
 
 /// How long a server waits for this and that.
@@ -426,6 +430,11 @@ impl Target {
     /// What happened at the storage since this was last asked.
     pub(crate) fn testimony(&self) -> Result<Testimony, Failure> {
         self.storage.server.testimony(&self.served)
+    }
+
+    /// The calls of the storage that were recorded until now.
+    pub(crate) fn recording(&self) -> Result<Recording, Failure> {
+        self.storage.server.recording(&self.served)
     }
 
     /// What the kernel has asked of the backend until now.

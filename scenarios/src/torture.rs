@@ -43,6 +43,7 @@ use self::sharing::{Books, Layout, Sharing};
 use crate::aligned::AlignedBuf;
 use crate::cli::CommonArgs;
 use crate::context::Context;
+use crate::external::ExternalArgs;
 use crate::scenario::{Failure, Needs, Scenario};
 use crate::server::Hang;
 use crate::target::{BackendKind, Storage, Target, TargetArgs};
@@ -92,23 +93,19 @@ pub struct Args {
     stall: Duration,
     /// Faults between the device and its storage: rules such as `write rate 1/500: error EIO after`, separated by
     /// semicolons; `draw` for rare errors and delays; or `none`. By default drawn, unless a bug is planted
-    #[arg(long, value_name = "PLAN", conflicts_with = "device", help_heading = "Faults")]
+    #[arg(long, value_name = "PLAN", conflicts_with_all = ["device", "server"], help_heading = "Faults")]
     faults: Option<Choice>,
     /// Cut the power about so often, under load: what no flush had made durable may be lost. Needs `--backend medium`
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with = "device", help_heading = "Faults")]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with_all = ["device", "server"], help_heading = "Faults")]
     cut_every: Option<Duration>,
     /// Have another server take over about so often, under load
-    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with = "device", help_heading = "Faults")]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, conflicts_with_all = ["device", "server"], help_heading = "Faults")]
     restart_every: Option<Duration>,
     /// Plant a hang, which has to end with status 3 and a look at everything; shorten --stall and --deadline
-    #[arg(long, value_enum, value_name = "WHERE", conflicts_with = "device", help_heading = "Faults")]
+    #[arg(long, value_enum, value_name = "WHERE", conflicts_with_all = ["device", "server"], help_heading = "Faults")]
     hang: Option<Hang>,
-    /// Torture this block device, whoever serves it, instead of one of our own. Its content is destroyed
-    #[arg(long, value_name = "PATH", requires = "yes_destroy_data", help_heading = "Device of somebody else's")]
-    device: Option<std::path::PathBuf>,
-    /// Yes, destroy what is on it
-    #[arg(long, requires = "device", help_heading = "Device of somebody else's")]
-    yes_destroy_data: bool,
+    #[command(flatten)]
+    external: ExternalArgs,
 }
 
 fn parse_io_size(text: &str) -> Result<IoSize, String> {
@@ -142,9 +139,10 @@ impl Scenario for Args {
     }
 
     fn options(&self) -> BTreeMap<String, Value> {
-        let mut options = match &self.device {
-            Some(path) => BTreeMap::from([("device".to_owned(), json!(path))]),
-            None => self.target.options(),
+        let mut options = if self.external.is_asked_for() {
+            self.external.options().into_iter().collect()
+        } else {
+            self.target.options()
         };
         let io_size = match self.io_size {
             IoSize::Any => json!("any"),
@@ -172,10 +170,11 @@ impl Scenario for Args {
     }
 
     fn needs(&self) -> Needs {
-        Needs { ublk: self.device.is_none(), tools: &[] }
+        Needs { ublk: !self.external.is_asked_for(), tools: &[] }
     }
 
     fn validate(&self) -> Result<(), Failure> {
+        self.external.validate()?;
         if self.workers == 0 || self.workers > 256 {
             return Err(Failure::Usage(format!("{} workers: choose 1 to 256", self.workers)));
         }
@@ -204,11 +203,11 @@ impl Scenario for Args {
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
-        if !self.errors_may_be() && self.outages().is_empty() && self.device.is_none() {
+        if !self.errors_may_be() && self.outages().is_empty() && !self.external.is_asked_for() {
             context.no_io_errors();
         }
         let filled = self.target.read_only.then(|| self.fill(context)).transpose()?;
-        let subject = context.step("start", Duration::from_secs(60), |context| {
+        let subject = context.step("start", Duration::from_secs(120), |context| {
             self.start(context, filled.as_ref().map(|filled| &filled.storage))
         })?;
         // Whatever comes of it, the device is closed; the first failure is the one that counts.
@@ -257,8 +256,8 @@ impl Args {
     }
 
     fn start(&self, context: &Context, storage: Option<&Storage>) -> Result<Subject, Failure> {
-        if let Some(path) = &self.device {
-            return Subject::somebody_elses(path);
+        if let Some(external) = self.external.start(context)? {
+            return Ok(Subject::SomebodyElses(external));
         }
         let target = TargetArgs { faults: self.fault_plan(context), hang: self.hang, ..self.target.clone() };
         if !target.faults.is_empty() {
@@ -432,7 +431,8 @@ impl Args {
 
     fn fault_choice(&self) -> &Choice {
         // What is planted, or somebody else's, is tried alone unless faults are asked for.
-        let own = if self.device.is_some() || self.target.mutant.is_some() { &Choice::None } else { &Choice::Draw };
+        let own =
+            if self.external.is_asked_for() || self.target.mutant.is_some() { &Choice::None } else { &Choice::Draw };
         self.faults.as_ref().unwrap_or(own)
     }
 

@@ -95,12 +95,10 @@ fn use_mounted(
     Ok(())
 }
 
-fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
+/// Makes an ext4 that leaves nothing for later.
+pub(crate) fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let before = target.counts()?;
-    // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
-    let lazy = "lazy_itable_init=0,lazy_journal_init=0";
-    let path = target.path();
-    run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-E", lazy, &path.display().to_string()])?;
+    mkfs(&target.path())?;
     let after = target.counts()?;
     let bytes = after.write_bytes - before.write_bytes;
     if bytes == 0 {
@@ -112,6 +110,13 @@ fn make(context: &mut Context, target: &Target) -> Result<(), Failure> {
         after.discards - before.discards
     ));
     Ok(())
+}
+
+/// Makes an ext4 on a device.
+pub(super) fn mkfs(path: &Path) -> Result<(), Failure> {
+    // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
+    let lazy = "lazy_itable_init=0,lazy_journal_init=0";
+    run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-E", lazy, &path.display().to_string()])
 }
 
 /// Runs a program that has to succeed.
@@ -158,7 +163,7 @@ fn write_and_syncfs(
 }
 
 /// What `sync -f` does: only this file system, since syncing all of them waits for the whole host.
-fn sync(mounted: &Mounted) -> Result<(), Failure> {
+pub(super) fn sync(mounted: &Mounted) -> Result<(), Failure> {
     let dir = File::open(mounted.path()).map_err(|error| Failure::io("open the mounted directory", &error))?;
     syncfs(&dir).map_err(|errno| Failure::io("sync the file system", &errno.into()))
 }
@@ -229,7 +234,7 @@ fn compare_cold(context: &Context, target: &Target, mounted: &Mounted, files: &[
 
 /// Has the kernel forget a file's pages. They must be clean: only the file's own are dropped, where
 /// `/proc/sys/vm/drop_caches` would take those of the whole host, and neither drops dirty ones.
-fn drop_cached(path: &Path) -> Result<(), Failure> {
+pub(super) fn drop_cached(path: &Path) -> Result<(), Failure> {
     let cannot =
         |error: std::io::Error| Failure::io(format_args!("drop {} from the page cache", path.display()), &error);
     let file = File::open(path).map_err(cannot)?;
@@ -333,7 +338,7 @@ fn remount(context: &mut Context, target: &Target, files: &[Written]) -> Result<
 }
 
 /// What a file of this name holds.
-pub(super) fn content(seed: Seed, name: &str, len: usize) -> Vec<u8> {
+pub(crate) fn content(seed: Seed, name: &str, len: usize) -> Vec<u8> {
     let mut bytes = vec![0; len];
     seed.derive(name, len as u64).rng().fill(&mut bytes);
     bytes
@@ -343,13 +348,13 @@ fn create(dir: &Path, name: &str) -> Result<File, Failure> {
     File::create_new(dir.join(name)).map_err(|error| Failure::io(format_args!("create the file {name}"), &error))
 }
 
-fn write(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
+pub(super) fn write(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
     create(dir, name)?
         .write_all(&content(seed, name, len))
         .map_err(|error| Failure::io(format_args!("write the file {name}"), &error))
 }
 
-fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
+pub(super) fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
     let mut found = Vec::new();
     File::open(dir.join(name))
         .and_then(|mut file| file.read_to_end(&mut found))
@@ -361,7 +366,7 @@ fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure
 }
 
 /// Where what was found differs from what was written, in words.
-pub(super) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
+pub(crate) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
     if let Some(at) = found.iter().zip(written).position(|(found, written)| found != written) {
         let end = |bytes: &[u8]| (at + 16).min(bytes.len());
         let zero =
@@ -377,14 +382,14 @@ pub(super) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
 
 /// A mounted file system. Dropping it unmounts in any way that works.
 #[derive(Debug)]
-pub(super) struct Mounted {
+pub(crate) struct Mounted {
     dir: PathBuf,
     mounted: bool,
 }
 
 impl Mounted {
     /// Mounts the ext4 on `device` on a new directory of its own.
-    pub(super) fn mount(device: &Path) -> Result<Self, Failure> {
+    pub(crate) fn mount(device: &Path) -> Result<Self, Failure> {
         // Kept by hand: whatever is removed by itself must not be removed while something is mounted there.
         let dir = tempfile::Builder::new()
             .prefix("ublk-torture-mount-")
@@ -406,12 +411,12 @@ impl Mounted {
         }
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.dir
     }
 
     /// Unmounts as a user would, and fails if that fails.
-    pub(super) fn unmount(mut self) -> Result<(), Failure> {
+    pub(crate) fn unmount(mut self) -> Result<(), Failure> {
         let patience = Instant::now() + Duration::from_secs(10);
         loop {
             match umount2(&self.dir, MntFlags::empty()) {

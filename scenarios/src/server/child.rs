@@ -140,6 +140,7 @@ impl Server {
             }
             Call::Held { device } => Reply::Held(self.device(device)?.stack.held()),
             Call::Testify { device } => Reply::Testimony(self.device(device)?.stack.testimony()),
+            Call::Recording { device } => Reply::Recording(self.device(device)?.stack.recording()),
             Call::Status { device } => Reply::Status(self.device(device)?.status()),
             Call::Close { device, faults_stay } => Reply::Closed(self.close(device, faults_stay)?),
         };

@@ -17,6 +17,7 @@ use super::ARGUMENT;
 use super::protocol::{Call, Closing, Reply, Served, Status};
 use super::witness::Testimony;
 use crate::context::Context;
+use crate::flush_trace::Recording;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
@@ -288,6 +289,14 @@ impl Server {
     pub(crate) fn testimony(&self, served: &Served) -> Result<Testimony, Failure> {
         match self.call(&Call::Testify { device: served.device })? {
             Reply::Testimony(testimony) => Ok(testimony),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// The calls of a device's storage that were recorded.
+    pub(crate) fn recording(&self, served: &Served) -> Result<Recording, Failure> {
+        match self.call(&Call::Recording { device: served.device })? {
+            Reply::Recording(recording) => Ok(recording),
             other => Err(unexpected(&other)),
         }
     }

@@ -6,6 +6,7 @@ use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::observe::Counts;
 
 use super::witness::Testimony;
+use crate::flush_trace::Recording;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
@@ -34,6 +35,8 @@ pub(super) enum Call {
     Held { device: usize },
     /// What happened at a device's storage since the last time.
     Testify { device: usize },
+    /// The calls of a device's storage that were recorded.
+    Recording { device: usize },
     /// How a device is doing.
     Status { device: usize },
     /// Close a device; with its faults as they are, requests that are held included, or without them.
@@ -54,6 +57,7 @@ pub(super) enum Reply {
     Switched,
     Held(u64),
     Testimony(Testimony),
+    Recording(Recording),
     Copied {
         storage: usize,
     },

@@ -25,6 +25,7 @@ use super::socket::Socket;
 use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
 use crate::clock::nanoseconds;
+use crate::flush_trace::{Bug, Buggy, LOSE, Recorded, Recorder, Recording, Tracing, cost_ns};
 use crate::in_flight::InFlight;
 use crate::scenario::Failure;
 use crate::target::{NEIGHBOUR, TargetArgs};
@@ -67,12 +68,25 @@ struct Below {
     planted: Option<Planted>,
     held_most: Duration,
     lie: Option<Lie>,
+    /// Calls of the storage are recorded here.
+    tracing: Option<(Tracing, Arc<Recorder>)>,
 }
 
 impl Below {
+    /// The storage, as it is seen from above.
+    fn storage(&self) -> Arc<dyn Backend> {
+        let storage = Arc::clone(&self.storage.freezer);
+        let Some((tracing, recorder)) = &self.tracing else { return storage };
+        let watched = Recorded::new(storage, Arc::clone(recorder));
+        match tracing.bug {
+            Some(bug) => Arc::new(Buggy::new(watched, bug)),
+            None => Arc::new(watched),
+        }
+    }
+
     /// What is plugged in.
     fn plug(&self, plot: &Plot) -> Arc<dyn Backend> {
-        let faulty = Arc::new(self.faults.backend(Arc::clone(&self.storage.freezer)));
+        let faulty = Arc::new(self.faults.backend(self.storage()));
         let faulty = Timed::new(faulty, self.faults.clone(), self.held_most);
         // Beside a planted bug speed does not count, and more can be told of what it did.
         let witness = Arc::new(Witness::new(faulty, self.notes.clone(), self.planted.is_some()));
@@ -117,8 +131,12 @@ impl Stack {
                 lock(&admitted).push(made);
             }
         }));
+        let tracing = args.tracing.map(|tracing| {
+            let lose = if tracing.bug == Some(Bug::RecordsLost) { LOSE } else { 0 };
+            (tracing, Arc::new(Recorder::new(tracing.room, lose)))
+        });
         let (notes, planted, held_most) = (Notes::default(), args.mutant, args.patience.held);
-        let below = Below { storage, faults, notes, planted, held_most, lie: args.lie };
+        let below = Below { storage, faults, notes, planted, held_most, lie: args.lie, tracing };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let hang = Plant::new(args.hang);
         let (top, counters) = Observed::new(Hangs { inner: Arc::clone(&socket), plant: hang.clone() });
@@ -235,6 +253,12 @@ impl Stack {
         let mut injections = below.faults.take_injections();
         injections.append(&mut lock(&self.admitted));
         Testimony { calls: below.notes.take(), injections }
+    }
+
+    /// The calls of the storage until now, if they are recorded.
+    pub(super) fn recording(&self) -> Recording {
+        let seen = lock(&self.below).tracing.as_ref().map(|(_, recorder)| recorder.recording());
+        Recording { cost_ns: cost_ns(), ..seen.unwrap_or_default() }
     }
 
     /// What the kernel has asked for.

@@ -131,6 +131,7 @@ impl Crew<'_> {
             if context.interruption().came() {
                 shared.stop();
             }
+            self.subject.alive()?;
             if shared.since_progress() >= PROGRESS_EVERY {
                 last = tell(context, shared, &last, start);
                 if let (Some(accounts), Subject::Ours(target)) = (&shared.accounts, self.subject) {

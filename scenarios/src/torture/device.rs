@@ -5,7 +5,6 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg};
 use nix::libc;
 use ublkit::blkdev;
@@ -13,6 +12,7 @@ use ublkit_harness::DiscardPromise;
 use ublkit_harness::plan::Capabilities;
 
 use crate::context::Context;
+use crate::external::External;
 use crate::scenario::Failure;
 use crate::target::Target;
 
@@ -21,7 +21,7 @@ pub(crate) enum Subject {
     /// A device that this process serves.
     Ours(Target),
     /// A block device that was there already. It is held exclusively, so that nothing mounts it meanwhile.
-    SomebodyElses { path: PathBuf, claim: File },
+    SomebodyElses(External),
 }
 
 /// An opening of the subject, past the page cache, and what was learnt of it.
@@ -45,32 +45,11 @@ pub(crate) struct Opened {
 }
 
 impl Subject {
-    /// Claims a block device that is not ours.
-    pub(crate) fn somebody_elses(path: &Path) -> Result<Self, Failure> {
-        let refuse = |error: &io::Error| match error.raw_os_error().map(Errno::from_raw) {
-            Some(Errno::EBUSY) => Failure::Usage(format!(
-                "{} is mounted or held by somebody ({error}): unmount it, or have them let go, then try again",
-                path.display()
-            )),
-            Some(Errno::EACCES | Errno::EPERM) => {
-                Failure::Environment(format!("failed to open {}: {error}: run as root", path.display()))
-            }
-            _ => Failure::Usage(format!("failed to open {}: {error}", path.display())),
-        };
-        // On a block device O_EXCL without O_CREAT is a claim: it fails while somebody has mounted or claimed it.
-        let open = OpenOptions::new().read(true).write(true).custom_flags(libc::O_EXCL).open(path);
-        let claim = open.map_err(|error| refuse(&error))?;
-        if !blkdev::is_block_device(&claim).map_err(|error| refuse(&error))? {
-            return Err(Failure::Usage(format!("{} is not a block device", path.display())));
-        }
-        Ok(Self::SomebodyElses { path: path.to_owned(), claim })
-    }
-
     /// Opens it, past the page cache.
     pub(crate) fn open(&self) -> Result<Opened, Failure> {
         match self {
             Self::Ours(target) => open_ours(target),
-            Self::SomebodyElses { path, .. } => open_somebody_elses(path),
+            Self::SomebodyElses(external) => open_somebody_elses(external.path()),
         }
     }
 
@@ -82,13 +61,18 @@ impl Subject {
         locked(target).map(Some)
     }
 
+    /// Fails if a server that we started for it has ended.
+    pub(crate) fn alive(&self) -> Result<(), Failure> {
+        match self {
+            Self::Ours(_) => Ok(()),
+            Self::SomebodyElses(external) => external.alive(),
+        }
+    }
+
     pub(crate) fn close(self, context: &mut Context) -> Result<(), Failure> {
         match self {
             Self::Ours(target) => target.close(context),
-            Self::SomebodyElses { claim, .. } => {
-                drop(claim);
-                Ok(())
-            }
+            Self::SomebodyElses(external) => external.close(context),
         }
     }
 }

@@ -8,6 +8,7 @@ mod disk;
 mod errnos;
 mod fault;
 mod faults;
+mod flush_trace;
 mod geometry;
 mod handlers;
 mod hangs;
@@ -49,6 +50,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         torture::cases(),
         hangs::cases(),
         kernel_log::cases(),
+        flush_trace::cases(),
     ]
     .into_iter()
     .flatten()

@@ -1,0 +1,83 @@
+//! `flush-trace` as its users run it: a right server passes and leaves a picture, a trace and numbers; planted bugs are
+//! found, and called what they are. (The other bugs are in the registry.)
+
+use std::fs;
+use std::process::Command;
+
+use serde_json::Value;
+
+use super::runner::cases;
+
+cases!("flush_trace":
+    a_right_server_passes_and_is_drawn in 60 s,
+    it_passes_inline_without_a_volatile_cache in 60 s,
+    a_swallowed_flush_is_found in 60 s,
+    a_server_that_stalls_is_named in 60 s,
+    a_full_recording_proves_nothing in 60 s,
+);
+
+/// One round, with the kernel in a hurry to write back.
+const SHORT: &str = "flush-trace --size 32M --rounds 1 --writeback-age 200ms";
+
+/// The events of a run that ends with `code`, in order, and what it wrote.
+fn run(arguments: &str, code: i32) -> (Vec<Value>, tempfile::TempDir) {
+    let reports = tempfile::tempdir().expect("a directory");
+    let output = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
+        .args(SHORT.split(' ').chain(arguments.split_whitespace()))
+        .args(["--json", "--report"])
+        .arg(reports.path())
+        .output()
+        .expect("run ublk-torture");
+    let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{arguments}:\n{out}\n{err}");
+    let parse = |line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{line}: {error}"));
+    (out.lines().map(parse).collect(), reports)
+}
+
+/// What the finding of a failed run says.
+fn finding(arguments: &str) -> String {
+    let (events, _reports) = run(arguments, 2);
+    let found = events.iter().find(|event| event["event"] == "finding");
+    found.unwrap_or_else(|| panic!("{events:#?}")).to_string()
+}
+
+fn a_right_server_passes_and_is_drawn() {
+    let (events, reports) = run("--workers-backend 2", 0);
+    let evidence = &events.last().expect("a verdict")["evidence"];
+    assert_eq!(evidence["kernel_requests"], evidence["requests_matched"], "{evidence}");
+    let read = |name: &str| fs::read_to_string(reports.path().join(name)).expect(name);
+    assert!(read("timeline.svg").starts_with("<svg ") && read("timeline.svg").trim_end().ends_with("</svg>"));
+    let trace: Value = serde_json::from_str(&read("trace.json")).expect("JSON");
+    let calls = trace["traceEvents"].as_array().expect("events").iter().filter(|event| event["cat"] == "call");
+    let numbers: Value = serde_json::from_str(&read("numbers.json")).expect("JSON");
+    let phases = numbers["phases"].as_array().expect("phases");
+    let counted: u64 = phases.iter().map(|phase| phase["calls"].as_u64().expect("calls")).sum();
+    assert!(counted > 20 && calls.count() as u64 >= counted, "{counted} calls");
+    for phase in phases {
+        let parts = phase["shares_ns"].as_object().expect("shares").values().map(|part| part.as_u64().expect("ns"));
+        assert_eq!(Some(parts.sum::<u64>()), phase["duration_ns"].as_u64(), "every moment has a reason: {phase}");
+    }
+}
+
+fn it_passes_inline_without_a_volatile_cache() {
+    run("--capabilities none --queues 2", 0);
+}
+
+fn a_swallowed_flush_is_found() {
+    let found = finding("--plant flush-swallowed");
+    assert!(
+        found.contains("completed without the backend") && found.contains("flush: the backend was never called"),
+        "{found}"
+    );
+}
+
+fn a_server_that_stalls_is_named() {
+    let found = finding("--plant server-stall --workers-backend 1");
+    assert!(found.contains("the server keeps requests") && found.contains("server, before the backend"), "{found}");
+}
+
+fn a_full_recording_proves_nothing() {
+    let (events, _reports) = run("--records 60", 5);
+    let evidence = &events.last().expect("a verdict")["evidence"];
+    assert!(evidence["calls_not_recorded"].as_u64().is_some_and(|calls| calls > 0), "{evidence}");
+}

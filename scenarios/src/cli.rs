@@ -18,6 +18,7 @@ use ublkit_harness::verdict::EXIT_USAGE;
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
 use crate::server;
+use crate::sigkill;
 use crate::units::parse_duration;
 
 /// Sets the duration of a run where `--duration` does not.
@@ -74,6 +75,9 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> u8 {
 fn dispatch(args: &[OsString]) -> u8 {
     if args.get(1).is_some_and(|arg| arg == server::ARGUMENT) {
         return server::main();
+    }
+    if args.get(1).is_some_and(|arg| arg == sigkill::ARGUMENT) {
+        return sigkill::serve();
     }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,

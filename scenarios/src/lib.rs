@@ -26,6 +26,7 @@ pub mod runner;
 mod runs;
 pub mod scenario;
 mod server;
+pub mod sigkill;
 pub mod simulated;
 pub mod sysfs;
 pub mod target;

@@ -24,6 +24,9 @@ const END_DEADLINE: Duration = Duration::from_secs(60);
 /// How long a killed server may take to vanish, and its devices to be deleted.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
 
+/// In place of a server's process, for a device that goes through the hands of several.
+const NOBODY: u32 = 0;
+
 /// A server that runs, and the ids of its devices.
 #[derive(Debug)]
 struct Running {
@@ -38,11 +41,30 @@ fn running() -> MutexGuard<'static, Vec<Running>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Has a server of another kind killed too when all has to end at once.
+pub(crate) fn watch_over(pid: u32) {
+    running().push(Running { pid, ids: Vec::new() });
+}
+
+/// The process that was watched over is gone: its number may be another's from now on.
+pub(crate) fn forget(pid: u32) {
+    running().retain(|one| one.pid != pid);
+}
+
+/// Has a device deleted when all has to end at once, whoever serves it then; or no longer.
+pub(crate) fn watch_over_device(id: u32, on: bool) {
+    let mut running = running();
+    running.retain(|one| one.pid != NOBODY || !one.ids.contains(&id));
+    if on {
+        running.push(Running { pid: NOBODY, ids: vec![id] });
+    }
+}
+
 /// Kills every server and deletes its devices, because something hangs: what this process waits for then fails, and it
 /// can end.
 pub(crate) fn kill_all() {
     let servers = std::mem::take(&mut *running());
-    for server in &servers {
+    for server in servers.iter().filter(|server| server.pid != NOBODY) {
         // One that has ended by itself is what is wanted.
         let _ = kill(Pid::from_raw(server.pid.cast_signed()), Signal::SIGKILL);
     }
@@ -51,7 +73,7 @@ pub(crate) fn kill_all() {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
         stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
     };
-    while servers.iter().any(|server| alive(server.pid)) && Instant::now() < deadline {
+    while servers.iter().any(|server| server.pid != NOBODY && alive(server.pid)) && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(10));
     }
     if let Ok(controller) = Controller::open() {

@@ -1,31 +1,21 @@
-//! Building a device: what may be chosen, and the start.
+//! Building a device: what may be chosen.
 
 use std::fmt;
-use std::fs::{File, OpenOptions};
 use std::io;
-use std::path::Path;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-use nix::sched::{CpuSet, sched_setaffinity};
-use nix::sys::signal::{SigSet, SigmaskHow, pthread_sigmask};
-use nix::unistd::Pid;
 
 use crate::backend::{Backend, Geometry};
 use crate::ctrl::{AddDevice, Controller, DeviceInfo};
-use crate::device::{Deadlines, Device, Health, QueueHandle, Serving};
+use crate::device::{Deadlines, Device};
 use crate::error::{Error, ErrorKind, Result};
+use crate::launch::{Beginning, launch};
 use crate::params;
-use crate::queue::{Handler, Queue, setup_error};
-use crate::ring::tags::{self, Copying, Tags};
-use crate::stats::{Event, EventSink, Phase, QueueShared};
-use crate::sys::map::{Map, page_size};
-use crate::sys::process::set_io_flusher;
-use crate::sys::ublk::{self, Features};
+use crate::queue::Handler;
+use crate::recovery::{self, Recovery};
+use crate::stats::{Event, EventSink, Phase};
+use crate::sys::ublk::Features;
 use crate::workers::{BackendHandler, Pool, Workers};
-
-/// How long the device nodes may take to appear.
-const NODE_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How a request's data moves between the kernel and the server.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -51,18 +41,28 @@ pub struct QueueInfo {
     pub geometry: Geometry,
 }
 
+impl DataMode {
+    fn features(self) -> Features {
+        match self {
+            Self::Copy => Features::NONE,
+            Self::UserCopy => Features::USER_COPY,
+        }
+    }
+}
+
 #[derive(Clone)]
-struct Options {
+pub(crate) struct Options {
     id: Option<u32>,
     queues: u16,
     depth: u16,
     max_io_bytes: u32,
-    data_mode: DataMode,
-    affinity: bool,
-    io_flusher: bool,
-    lock_buffers: bool,
-    deadlines: Deadlines,
-    events: EventSink,
+    pub(crate) data_mode: DataMode,
+    recovery: Recovery,
+    pub(crate) affinity: bool,
+    pub(crate) io_flusher: bool,
+    pub(crate) lock_buffers: bool,
+    pub(crate) deadlines: Deadlines,
+    pub(crate) events: EventSink,
 }
 
 impl fmt::Debug for Options {
@@ -95,11 +95,11 @@ pub trait Serve: Send + Sync + 'static {
 
 #[doc(hidden)]
 #[derive(Debug)]
-pub struct WorkersHandle(Workers);
+pub struct WorkersHandle(pub(crate) Workers);
 
 #[doc(hidden)]
 #[derive(Debug)]
-pub struct PoolHandle(Arc<Pool>);
+pub struct PoolHandle(pub(crate) Arc<Pool>);
 
 /// Queues served by a [`Backend`].
 #[derive(Debug)]
@@ -194,6 +194,7 @@ impl<S> DeviceBuilder<S> {
             depth: 128,
             max_io_bytes: 1 << 20,
             data_mode: DataMode::Copy,
+            recovery: Recovery::None,
             affinity: true,
             io_flusher: true,
             lock_buffers: false,
@@ -243,6 +244,14 @@ impl<S> DeviceBuilder<S> {
     #[must_use]
     pub fn data_mode(mut self, mode: DataMode) -> Self {
         self.options.data_mode = mode;
+        self
+    }
+
+    /// What becomes of the device and its I/O when this server dies or [detaches](Device::detach); by default the device
+    /// ends with its server.
+    #[must_use]
+    pub fn recovery(mut self, recovery: Recovery) -> Self {
+        self.options.recovery = recovery;
         self
     }
 
@@ -312,31 +321,85 @@ impl<S: Serve> DeviceBuilder<S> {
         params::check_shape(options.queues, options.depth, options.max_io_bytes, options.id)?;
         params::check_geometry(&geometry)?;
         let controller = Arc::new(Controller::open()?);
-        let features = match options.data_mode {
-            DataMode::Copy => Features::NONE,
-            DataMode::UserCopy => Features::USER_COPY,
-        };
-        if !controller.features().contains(features) {
+        let data = options.data_mode.features();
+        if !controller.features().contains(data) {
             return Err(Error::new(
                 ErrorKind::Unsupported,
-                format!("use {features:?}: this kernel's ublk_drv has only {:?}", controller.features()),
+                format!("use {data:?}: this kernel's ublk_drv has only {:?}", controller.features()),
             ));
         }
+        options.recovery.check(controller.features())?;
+        let needed = data | options.recovery.features();
         let info = controller.add(&AddDevice {
             id: options.id,
             queues: options.queues,
             depth: options.depth,
             max_io_bytes: options.max_io_bytes,
-            features,
+            features: needed | options.recovery.welcome(controller.features()),
         })?;
         let mut added = Added { controller: &controller, id: info.id(), armed: true };
-        if !info.features().contains(features) {
-            return Err(Error::new(ErrorKind::Unsupported, format!("use {features:?}: the driver did not grant it")));
+        // The driver drops flags without a word.
+        if !info.features().contains(needed) {
+            let granted = info.features();
+            let message = format!("use {needed:?}: the driver granted only {granted:?}");
+            return Err(Error::new(ErrorKind::Unsupported, message));
         }
         (options.events)(&Event::Phase(Phase::Added));
-        let device = launch(&controller, info, geometry, &options, source)?;
+        let deadline = Instant::now() + options.deadlines.start;
+        let device = launch(&controller, info, geometry, &options, source, Beginning::Start, deadline)?;
         added.armed = false;
         Ok(device)
+    }
+
+    /// Takes over device `id`, whose server has died or has [detached](Device::detach), with the I/O that waits in it,
+    /// instead of creating one. When this returns, I/O is served again.
+    ///
+    /// Queues, depth, largest request, data mode and recovery mode are the device's own, whatever was chosen here. The
+    /// geometry must be the device's: it may have been mounted and cannot change. A server that has just died is waited for
+    /// within the [start's deadline](Self::start_deadline), as the kernel needs a moment to take a device back. (On Linux
+    /// before 6.16 that moment is up to a minute if every tag of a queue was in the server's hands when it died.)
+    ///
+    /// Requests can come as soon as the queues are there, and the first are often those that the last server had: with
+    /// [`Recovery::Reissue`] a request can be carried out twice. [`Phase::Added`] says that the recovery has begun,
+    /// [`Phase::Started`] that it is done.
+    ///
+    /// # Errors
+    /// [`ErrorKind::NotFound`] if there is no such device; [`ErrorKind::State`] if it was built without [`Recovery`], or is
+    /// stopped; [`ErrorKind::Busy`] if somebody serves or recovers it, naming them; [`ErrorKind::TimedOut`] if the kernel
+    /// does not take it back in time; [`ErrorKind::InvalidInput`] if the geometry is not the device's, saying what
+    /// differs; [`ErrorKind::Unsupported`] if it uses a feature that this library does not serve; errors of
+    /// [`Controller::open`]; [`ErrorKind::Queue`] when a queue could not be set up.
+    ///
+    /// The device is never deleted: after an error, or when this process dies half way, it can be recovered again. (But not
+    /// on Linux 6.12 when this process is killed in the microseconds in which it hands its tags to the driver, nor on 6.18;
+    /// these kernels then hang or die themselves.)
+    ///
+    /// ```no_run
+    /// use ublkit::{Controller, Device, Recovery};
+    /// use ublkit::backends::File;
+    ///
+    /// // A first server…
+    /// let device = Device::builder(File::open("disk.img")?).recovery(Recovery::Reissue).start()?;
+    /// let id = device.detach()?.id; // …or it is killed
+    ///
+    /// // …and, mostly in another process, the next one. Applications have only waited.
+    /// let device = Device::builder(File::open("disk.img")?).recover(id)?;
+    /// device.wait_for_signal()?;
+    /// device.close()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn recover(self, id: u32) -> Result<Device> {
+        let Self { mut options, geometry, source } = self;
+        params::check_geometry(&geometry)?;
+        let controller = Arc::new(Controller::open()?);
+        let deadline = Instant::now() + options.deadlines.start;
+        let info = recovery::await_unserved(&controller, id, deadline)?;
+        options.data_mode = recovery::data_mode(&info)?;
+        recovery::compare(&info, &controller.get_params(id)?, &geometry)?;
+        recovery::begin(&controller, id, deadline)?;
+        (options.events)(&Event::Phase(Phase::Added));
+        launch(&controller, info, geometry, &options, source, Beginning::Recovery, deadline)
+            .map_err(|error| recovery::say_what_is_left(&controller, id, error))
     }
 }
 
@@ -353,285 +416,4 @@ impl Drop for Added<'_> {
             let _ = self.controller.delete_async(self.id);
         }
     }
-}
-
-fn launch<S: Serve>(
-    controller: &Arc<Controller>,
-    info: DeviceInfo,
-    geometry: Geometry,
-    options: &Options,
-    source: S,
-) -> Result<Device> {
-    let deadline = Instant::now() + options.deadlines.start;
-    controller.set_params(info.id(), &params::params(&geometry, info.max_io_bytes()))?;
-    let character_device = Arc::new(open_character_device(&info)?);
-    (options.events)(&Event::Phase(Phase::Configured));
-    let health = Arc::new(Health::default());
-    let source = Arc::new(source);
-    let name = format!("ublk{}", info.id());
-    let requests = usize::from(info.queues()) * usize::from(info.depth());
-    let workers = source
-        .workers(&name, requests, options.io_flusher)
-        .map_err(|error| Error::io(&error, "start worker threads"))?
-        .map(|handle| handle.0);
-    let pool = workers.as_ref().map(Workers::pool);
-    let mut serving = Serving { queues: Vec::with_capacity(usize::from(info.queues())), workers };
-    let started = spawn_queues(
-        &mut serving,
-        controller,
-        info,
-        geometry,
-        options,
-        &source,
-        pool.as_ref(),
-        &health,
-        &character_device,
-    )
-    .and_then(|ready| {
-        // The threads have it now: when they end, the kernel must see the last of it.
-        drop(character_device);
-        await_queues(&ready, info.queues(), deadline)
-    })
-    .and_then(|()| {
-        (options.events)(&Event::Phase(Phase::Fetched));
-        let left = deadline.saturating_duration_since(Instant::now());
-        controller.start(info.id(), std::process::id(), left, &|| health.first_error().is_some()).map_err(|error| {
-            // A queue that failed is why the start was called off.
-            health.first_error().unwrap_or(error)
-        })
-    });
-    let device = Device::new(Arc::clone(controller), info, geometry, health, options.deadlines, serving);
-    if let Err(error) = started {
-        device.undo_start();
-        return Err(error);
-    }
-    (options.events)(&Event::Phase(Phase::Started));
-    if wait_for_node(&device.path()) {
-        (options.events)(&Event::Phase(Phase::Visible));
-    } else {
-        (options.events)(&Event::Degraded {
-            what: format!(
-                "{} did not appear within {NODE_DEADLINE:?}: the device is served, but its node is not in this /dev",
-                device.path().display()
-            ),
-        });
-    }
-    Ok(device)
-}
-
-type Ready = mpsc::Receiver<Result<()>>;
-
-#[expect(clippy::too_many_arguments, reason = "one caller; a structure of these would have no other use")]
-fn spawn_queues<S: Serve>(
-    serving: &mut Serving,
-    controller: &Arc<Controller>,
-    info: DeviceInfo,
-    geometry: Geometry,
-    options: &Options,
-    source: &Arc<S>,
-    pool: Option<&Arc<Pool>>,
-    health: &Arc<Health>,
-    character_device: &Arc<File>,
-) -> Result<Ready> {
-    let (ready, all_ready) = mpsc::channel();
-    for queue in 0..info.queues() {
-        let tags = Arc::new(
-            tags::Shared::new(info.depth(), info.max_io_bytes() as usize)
-                .map_err(|error| setup_error(queue, "allocate buffers", &error))?,
-        );
-        if options.lock_buffers {
-            tags.lock_buffers().map_err(|error| {
-                let error = setup_error(queue, "lock the buffers", &error);
-                let hint = format!("{error}: raise the limit (ulimit -l), or take fewer or smaller buffers");
-                error.with_message(hint)
-            })?;
-        }
-        serving.queues.push(QueueHandle {
-            shared: Arc::new(QueueShared::new(queue, Arc::clone(&options.events))),
-            tags,
-            thread: None,
-        });
-    }
-    let everyone: Arc<[Arc<tags::Shared>]> = serving.queues.iter().map(|queue| Arc::clone(&queue.tags)).collect();
-    for queue in 0..info.queues() {
-        let handle = &mut serving.queues[usize::from(queue)];
-        let setup = QueueSetup {
-            info: QueueInfo { queue, device: info, geometry },
-            controller: Arc::clone(controller),
-            options: options.clone(),
-            source: Arc::clone(source),
-            pool: pool.map(Arc::clone),
-            health: Arc::clone(health),
-            character_device: Arc::clone(character_device),
-            tags: Arc::clone(&handle.tags),
-            shared: Arc::clone(&handle.shared),
-            everyone: Arc::clone(&everyone),
-        };
-        let ready = ready.clone();
-        health.began();
-        let spawned =
-            std::thread::Builder::new().name(format!("ublk{}-q{queue}", info.id())).spawn(move || setup.run(&ready));
-        match spawned {
-            Ok(thread) => handle.thread = Some(thread),
-            Err(error) => {
-                health.ended();
-                return Err(setup_error(queue, "start a thread", &error));
-            }
-        }
-    }
-    Ok(all_ready)
-}
-
-fn await_queues(ready: &Ready, queues: u16, deadline: Instant) -> Result<()> {
-    for _ in 0..queues {
-        match ready.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-            Ok(result) => result?,
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                return Err(Error::new(
-                    ErrorKind::TimedOut,
-                    "set up the queues: not done within the start's deadline",
-                ));
-            }
-            Err(mpsc::RecvTimeoutError::Disconnected) => {
-                return Err(Error::new(ErrorKind::Queue, "set up the queues: a queue's thread ended early"));
-            }
-        }
-    }
-    Ok(())
-}
-
-/// Everything a queue's thread starts with.
-struct QueueSetup<S> {
-    info: QueueInfo,
-    controller: Arc<Controller>,
-    options: Options,
-    source: Arc<S>,
-    pool: Option<Arc<Pool>>,
-    health: Arc<Health>,
-    character_device: Arc<File>,
-    tags: Arc<tags::Shared>,
-    shared: Arc<QueueShared>,
-    everyone: Arc<[Arc<tags::Shared>]>,
-}
-
-impl<S: Serve> QueueSetup<S> {
-    /// The life of a queue's thread.
-    fn run(self, ready: &mpsc::Sender<Result<()>>) {
-        let (health, shared, everyone) =
-            (Arc::clone(&self.health), Arc::clone(&self.shared), Arc::clone(&self.everyone));
-        let queue = self.info.queue;
-        let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(ready)));
-        let served = served.unwrap_or_else(|payload| {
-            shared.panicked(&*payload);
-            Err(Error::new(ErrorKind::Queue, format!("serve queue {queue}: its thread panicked")))
-        });
-        if served.is_ok() {
-            let error = Error::new(ErrorKind::State, "serve the device any longer: somebody else stopped it");
-            if health.ended_by_somebody_else(&error) {
-                shared.tell(&Event::QueueFailed { queue, error });
-            }
-        }
-        if let Err(error) = served {
-            // One queue less is a device that hangs: all of them end, and the kernel fails what was in flight.
-            shared.tell(&Event::QueueFailed { queue, error: error.clone() });
-            health.fail(error.clone());
-            for other in &*everyone {
-                other.abandon();
-            }
-            // Nobody listens any more if the start is over.
-            let _ = ready.send(Err(error));
-        }
-        health.ended();
-    }
-
-    fn serve(self, ready: &mpsc::Sender<Result<()>>) -> Result<()> {
-        let queue = self.info.queue;
-        // Signals are for the program's own threads: here they would only interrupt the wait.
-        let _ = pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&SigSet::all()), None);
-        self.place();
-        let handler = self
-            .source
-            .open(&self.info, self.pool.clone().map(PoolHandle))
-            .map_err(|error| setup_error(queue, "open the handler", &error))?;
-        let page = page_size();
-        let depth = self.info.device.depth();
-        let descriptors = Map::shared_read_only(
-            &*self.character_device,
-            ublk::queue_map_offset(queue, page),
-            ublk::queue_map_len(depth, page),
-        )
-        .map_err(|error| setup_error(queue, "map the descriptors", &error))?;
-        let copying = match self.options.data_mode {
-            DataMode::Copy => Copying::Driver,
-            DataMode::UserCopy => Copying::User,
-        };
-        let tags =
-            Tags::new(queue, depth, copying, self.character_device, descriptors, self.tags).map_err(|error| {
-                let plain = crate::ctrl::explain_ring(&error);
-                let message = format!("set up queue {queue}: {plain}");
-                plain.with_message(message).with_kind(ErrorKind::Queue)
-            })?;
-        let mut queue = Queue::new(tags, self.shared, handler);
-        queue.fetch()?;
-        // Nobody listens only if the start has failed; then the queue is abandoned and ends by itself.
-        let _ = ready.send(Ok(()));
-        queue.serve()
-    }
-
-    /// Puts the thread where its I/O comes from, and tells the kernel what it is for. Neither is needed to work.
-    fn place(&self) {
-        if self.options.affinity {
-            let moved = self.controller.get_queue_affinity(self.info.device.id(), self.info.queue).and_then(|cpus| {
-                let mut set = CpuSet::new();
-                for cpu in cpus.into_iter().filter(|cpu| *cpu < CpuSet::count()) {
-                    let _ = set.set(cpu);
-                }
-                sched_setaffinity(Pid::from_raw(0), &set).map_err(|errno| Error::kernel(errno, "set the affinity"))
-            });
-            if let Err(error) = moved {
-                self.shared
-                    .tell(&Event::Degraded { what: format!("queue {} runs on any CPU: {error}", self.info.queue) });
-            }
-        }
-        if self.options.io_flusher
-            && let Err(error) = set_io_flusher()
-        {
-            self.shared.tell(&Event::Degraded {
-                what: format!("queue {} is not marked as an I/O flusher: {error}", self.info.queue),
-            });
-        }
-    }
-}
-
-/// Opens a device's character node, which udev or devtmpfs may still be making.
-fn open_character_device(info: &DeviceInfo) -> Result<File> {
-    let path = info.character_path();
-    let deadline = Instant::now() + NODE_DEADLINE;
-    loop {
-        match OpenOptions::new().read(true).write(true).open(&path) {
-            Ok(file) => return Ok(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                return Err(Error::io(&error, format_args!("open {}", path.display())).with_message(format!(
-                    "open {}: the node did not appear within {NODE_DEADLINE:?}: /dev is not a devtmpfs (a container?); \
-                     bind-mount the host's /dev",
-                    path.display()
-                )));
-            }
-            Err(error) => return Err(Error::io(&error, format_args!("open {}", path.display()))),
-        }
-    }
-}
-
-fn wait_for_node(path: &Path) -> bool {
-    let deadline = Instant::now() + NODE_DEADLINE;
-    while !path.exists() {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    true
 }

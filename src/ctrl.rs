@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::recovery::Recovery;
 use crate::ring::command::{CommandRing, Outcome};
 use crate::sys::ublk::{self, CtrlCmd, DevInfo, Features, Params, Plain};
 
@@ -96,6 +97,12 @@ impl DeviceInfo {
     #[must_use]
     pub const fn features(&self) -> Features {
         Features::from_bits(self.0.flags)
+    }
+
+    /// What becomes of the device when its server dies.
+    #[must_use]
+    pub const fn recovery(&self) -> Recovery {
+        Recovery::of(self.features())
     }
 
     /// Path of the block device.
@@ -282,6 +289,57 @@ impl Controller {
     /// [`ErrorKind::NotFound`], or what the kernel says.
     pub fn delete_async(&self, id: u32) -> Result<()> {
         self.simple("delete", ublk::CMD_DEL_DEV_ASYNC, id, COMMAND_DEADLINE)
+    }
+
+    /// Begins the recovery of a device whose server is gone (`UBLK_U_CMD_START_USER_RECOVERY`). Its character device can be
+    /// opened then, and every tag is to be fetched anew.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] (`EBUSY`) when it is still served, or the kernel has not taken it back yet, or somebody has its
+    /// character device open; [`ErrorKind::Kernel`] (`EINVAL`) when it has no [`Recovery`], and on Linux before 6.16 also
+    /// when a recovery has begun of which no queue was ready; [`ErrorKind::NotFound`].
+    ///
+    /// On Linux 6.12 the command must not be sent after a recovery that ended when some of several queues were ready: the
+    /// driver then dies of a task that is not there.
+    pub fn start_user_recovery(&self, id: u32) -> Result<()> {
+        self.simple("begin to recover", ublk::CMD_START_USER_RECOVERY, id, COMMAND_DEADLINE)
+    }
+
+    /// Ends a recovery (`UBLK_U_CMD_END_USER_RECOVERY`), waiting until every tag has been fetched: I/O goes on, served by
+    /// process `server_pid`.
+    ///
+    /// `called_off` is asked every 20 ms; once it says yes the command is cancelled.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] at the deadline or when called off; [`ErrorKind::Busy`] when the device is not one that is
+    /// being recovered; [`ErrorKind::Kernel`] (`EINVAL`) since Linux 6.18 when the process is not the one that has opened
+    /// the character device; [`ErrorKind::NotFound`].
+    pub fn end_user_recovery(
+        &self,
+        id: u32,
+        server_pid: u32,
+        deadline: Duration,
+        called_off: &dyn Fn() -> bool,
+    ) -> Result<()> {
+        let command = CtrlCmd { data: u64::from(server_pid), ..device_command(id) };
+        let operation = ublk::CMD_END_USER_RECOVERY;
+        self.run_bounded("recover", operation, command, Box::default(), deadline, called_off).map(drop)
+    }
+
+    /// Holds back new I/O of a device that can be recovered, and takes the idle tags away from its server
+    /// (`UBLK_U_CMD_QUIESCE_DEV`), which is then to complete what it has and to let go of the character device. Linux 6.16
+    /// or later, and only for devices that were added with [`Features::QUIESCE`].
+    ///
+    /// # Errors
+    /// [`ErrorKind::Busy`] (`EBUSY`) when some queue had no idle tag within `deadline`. I/O is held back all the same, until
+    /// the server is gone: the kernel does not undo that. [`ErrorKind::Unsupported`], [`ErrorKind::NotFound`],
+    /// [`ErrorKind::TimedOut`] when the kernel is later than that.
+    pub fn quiesce(&self, id: u32, deadline: Duration) -> Result<()> {
+        // 0 would mean 49 days.
+        let timeout_ms = deadline.as_millis().clamp(1, u128::from(u32::MAX)) as u64;
+        let command = CtrlCmd { data: timeout_ms, ..device_command(id) };
+        let grace = deadline + COMMAND_DEADLINE;
+        self.run_bounded("quiesce", ublk::CMD_QUIESCE_DEV, command, Box::default(), grace, &|| false).map(drop)
     }
 
     /// Describes a device (`UBLK_U_CMD_GET_DEV_INFO`).

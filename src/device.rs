@@ -10,16 +10,19 @@ use crate::backend::{Backend, Geometry};
 use crate::builder::DeviceBuilder;
 use crate::ctrl::{Controller, DeviceInfo};
 use crate::error::{Error, ErrorKind, Result};
+use crate::detach::DetachedDevice;
 use crate::holders::{self, Holder};
+use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
 use crate::queue::Handler;
 use crate::ring::tags;
 use crate::signals::Signals;
 use crate::stats::{Event, Phase, QueueShared, QueueStats};
 use crate::workers::Workers;
+use crate::writeback;
 
 /// How long queue threads may take to end once they can.
-const JOIN_DEADLINE: Duration = Duration::from_secs(5);
+pub(crate) const JOIN_DEADLINE: Duration = Duration::from_secs(5);
 /// How often [`Device::wait_for_signal`] looks whether the device still works.
 const HEALTH_SLICE: Duration = Duration::from_millis(200);
 
@@ -69,7 +72,7 @@ impl Health {
     }
 
     /// From here on a queue that ends does so because it is to.
-    fn closing(&self) {
+    pub(crate) fn closing(&self) {
         self.lock().closing = true;
     }
 
@@ -157,16 +160,20 @@ impl fmt::Display for Closed {
     }
 }
 
+/// How a device's life has ended, if it has.
 #[derive(Debug)]
-enum Closure {
+pub(crate) enum Closure {
     Open,
+    /// It is being closed or detached.
     Closing,
     Closed(Result<Closed>),
+    Detached(Result<DetachedDevice>),
 }
 
 /// A block device that this process serves.
 ///
-/// Dropping it closes it, as well as that can be done in bounded time; [`close`](Self::close) says how it went.
+/// Dropping it closes it, as well as that can be done in bounded time; [`close`](Self::close) says how it went. That is so
+/// with [`Recovery`](crate::Recovery) too: what is to outlive its server is [detached](Self::detach).
 #[derive(Debug)]
 pub struct Device {
     pub(crate) controller: Arc<Controller>,
@@ -179,9 +186,9 @@ pub struct Device {
     pub(crate) serving: Mutex<Serving>,
     pub(crate) stats: Vec<Arc<QueueShared>>,
     /// What this device is, whoever has its id.
-    identity: Option<Identity>,
-    phase: Mutex<Closure>,
-    phase_changed: Condvar,
+    pub(crate) identity: Option<Identity>,
+    pub(crate) phase: Mutex<Closure>,
+    pub(crate) phase_changed: Condvar,
 }
 
 /// The threads of a device.
@@ -200,6 +207,13 @@ impl Serving {
     fn abandon(&self) {
         for queue in &self.queues {
             queue.tags.abandon();
+        }
+    }
+
+    /// Ends the queues once they have completed what they have.
+    pub(crate) fn leave(&self) {
+        for queue in &self.queues {
+            queue.tags.leave();
         }
     }
 
@@ -237,7 +251,7 @@ impl Serving {
     }
 
     /// Waits for a sign of life from every queue's thread.
-    fn await_answers(&self, deadline: Instant) -> Result<()> {
+    pub(crate) fn await_answers(&self, deadline: Instant) -> Result<()> {
         let asked: Vec<u64> = self.queues.iter().map(|queue| queue.tags.ask()).collect();
         for (queue, asked) in self.queues.iter().zip(asked) {
             let Some(thread) = &queue.thread else { continue };
@@ -257,12 +271,12 @@ impl Serving {
     }
 
     /// Whether every queue's thread was joined, so that the driver has its character device back.
-    fn queues_ended(&self) -> bool {
+    pub(crate) fn queues_ended(&self) -> bool {
         self.queues.iter().all(|queue| queue.thread.is_none())
     }
 }
 
-fn still_inside(threads: &str) -> Error {
+pub(crate) fn still_inside(threads: &str) -> Error {
     Error::new(ErrorKind::TimedOut, format!("end the threads of the device: still inside the backend: {threads}"))
 }
 
@@ -381,21 +395,20 @@ impl Device {
     }
 
     fn close_within(&self, deadlines: Deadlines) -> Result<Closed> {
-        if self.threads.contains(&std::thread::current().id()) {
-            return Err(Error::new(
-                ErrorKind::State,
-                "close a device from a thread that serves it: it would wait for itself; use another thread",
-            ));
-        }
+        self.refuse_own_threads("close")?;
         {
             let mut phase = self.phase();
             let mut waited = false;
             loop {
                 match &*phase {
-                    Closure::Open => break,
+                    Closure::Open | Closure::Detached(Err(_)) => break,
                     // What did not end in time may end now.
                     Closure::Closed(Err(error)) if error.kind() == ErrorKind::TimedOut && !waited => break,
                     Closure::Closed(result) => return result.clone(),
+                    Closure::Detached(Ok(detached)) => {
+                        let message = format!("close the device: {detached}");
+                        return Err(Error::new(ErrorKind::State, message));
+                    }
                     Closure::Closing => {
                         phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
                         waited = true;
@@ -410,17 +423,29 @@ impl Device {
         result
     }
 
-    /// Ends what a failed start began. The builder deletes the device afterwards.
-    pub(crate) fn undo_start(&self) {
+    /// Ends what a failed start or recovery began. The builder deletes a new device afterwards.
+    pub(crate) fn undo_start(&self, fetching: &Fetching) {
         *self.phase() = Closure::Closed(Err(Error::new(ErrorKind::State, "close the device: it was never started")));
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
         self.health.closing();
+        fetching.decide(false);
         serving.abandon();
         // What is stuck in a handler's `open` cannot be ended; the start's own error tells more.
         let _ = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
     }
 
-    fn phase(&self) -> MutexGuard<'_, Closure> {
+    /// An error on a thread that serves this device.
+    pub(crate) fn refuse_own_threads(&self, verb: &str) -> Result<()> {
+        if !self.threads.contains(&std::thread::current().id()) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::State,
+            format!("{verb} a device from a thread that serves it: it would wait for itself; use another thread"),
+        ))
+    }
+
+    pub(crate) fn phase(&self) -> MutexGuard<'_, Closure> {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -441,6 +466,7 @@ impl Device {
         let stopped = serving
             .await_answers(until)
             .map(|()| self.tell(Phase::Stopping))
+            .inspect(|()| self.write_back(until))
             .and_then(|()| self.controller.stop(self.id(), until.saturating_duration_since(Instant::now())));
         match stopped {
             Ok(()) => self.tell(Phase::Stopped),
@@ -471,9 +497,23 @@ impl Device {
         joined.and(deleted)
     }
 
-    fn tell(&self, phase: Phase) {
+    /// STOP writes dirty pages back, but not those of a device whose I/O waits for a server: it fails that I/O first, with the
+    /// server still there or not.
+    fn write_back(&self, until: Instant) {
+        if self.info.recovery().waits()
+            && let Err(error) = writeback::write_back(&self.info, until)
+        {
+            self.tell_event(&Event::Degraded { what: error.to_string() });
+        }
+    }
+
+    pub(crate) fn tell(&self, phase: Phase) {
+        self.tell_event(&Event::Phase(phase));
+    }
+
+    fn tell_event(&self, event: &Event) {
         if let Some(queue) = self.stats.first() {
-            queue.tell(&Event::Phase(phase));
+            queue.tell(event);
         }
     }
 
@@ -496,7 +536,11 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let failed = matches!(&*self.phase(), Closure::Closed(Err(_)));
+        let failed = match &*self.phase() {
+            // It is somebody else's now, or to be: it is not for this one to delete.
+            Closure::Detached(_) => return,
+            phase => matches!(phase, Closure::Closed(Err(_))),
+        };
         if failed && !self.serving.lock().unwrap_or_else(PoisonError::into_inner).is_idle(&self.health) {
             // Closing was tried, and what it waited for in vain has not ended since.
             return;

@@ -69,6 +69,8 @@
 //!   reaches the application ([`result_code`]); its panic becomes `EIO` and an [`Event`].
 //! * [`Device::close`] stops the device while it is still served, so that dirty pages are written back; it is bounded, and
 //!   says who holds the device open if somebody does.
+//! * With [`Recovery`], a device outlives its server: [`DeviceBuilder::recover`] takes it over from one that was killed, or
+//!   that has [detached](Device::detach) itself, say to be replaced by a newer version.
 //! * Devices that a killed server left behind are found and removed by [`orphan`], and nothing that is alive is touched.
 //!
 //! # What it needs
@@ -81,27 +83,33 @@ pub mod backends;
 pub mod blkdev;
 mod builder;
 pub mod ctrl;
+mod detach;
 mod device;
 #[cfg(feature = "driverless")]
 pub mod driverless;
 mod error;
 pub mod holders;
+mod launch;
 pub mod orphan;
 mod params;
 mod queue;
+mod recovery;
 mod request;
 mod ring;
 mod signals;
 mod stats;
 pub mod sys;
 mod workers;
+mod writeback;
 
 pub use backend::{Backend, DiscardLimits, Geometry, SECTOR_SIZE, WriteFlags, ZeroFlags, result_code};
 pub use builder::{DataMode, DeviceBuilder, QueueInfo, Serve, ServeBackend, ServeHandlers};
 pub use ctrl::Controller;
+pub use detach::DetachedDevice;
 pub use device::{Closed, Deletion, Device};
 pub use error::{Error, ErrorKind, Result};
 pub use queue::Handler;
+pub use recovery::Recovery;
 pub use request::{DetachedRequest, Io, Operation, Request};
 pub use ring::client::{BlockClient, ZeroSpace};
 pub use signals::Signals;

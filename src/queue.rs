@@ -58,15 +58,17 @@ impl<H: Handler> Queue<H> {
         self.check()
     }
 
-    /// Serves until the driver takes the tags back, or the queue is abandoned, or it fails.
+    /// Serves until the driver takes the tags back, or the queue is told to end, or it fails.
     pub(crate) fn serve(&mut self) -> Result<(), Error> {
-        if self.tags.abandoned() {
+        if self.tags.ordered() {
             // Before there was a ring to wake: `fetch` has taken the wake-up for one of its own.
-            return Ok(());
+            return self.leave();
         }
         while self.turn()? {}
-        // What was committed in the last batch still has to reach the driver.
-        self.enter(false)
+        if self.tags.ordered() && !self.tags.stopping() {
+            return self.leave();
+        }
+        self.finish()
     }
 
     /// Waits for a batch and serves it. Returns whether there may be another.
@@ -74,11 +76,36 @@ impl<H: Handler> Queue<H> {
     pub(crate) fn turn(&mut self) -> Result<bool, Error> {
         self.enter(true)?;
         self.batch();
-        if self.tags.failure().is_some() || self.tags.abandoned() || self.tags.stopping() {
+        if self.tags.failure().is_some() || self.tags.ordered() || self.tags.stopping() {
             self.check()?;
-            return Ok(!self.tags.abandoned() && self.tags.owns_requests());
+            // One that is told to end takes nothing new; what it has is for `leave`.
+            return Ok(!self.tags.ordered() && self.tags.owns_requests());
         }
         Ok(true)
+    }
+
+    /// Commits what the last batch left, and whatever the driver had on its way when it took the other tags back: nothing after
+    /// STOP, but a few requests after QUIESCE.
+    fn finish(&mut self) -> Result<(), Error> {
+        while !self.tags.abandoned() {
+            let (taken, owned) = (self.tags.taken(), self.tags.owns_requests());
+            self.enter(owned)?;
+            self.batch();
+            self.check()?;
+            if !owned && self.tags.taken() == taken {
+                return Ok(());
+            }
+        }
+        self.enter(false)
+    }
+
+    /// Completes what is here or on loan, without a look at what comes in: the driver takes that back when the ring goes.
+    fn leave(&mut self) -> Result<(), Error> {
+        let failed = |error: io::Error, queue| {
+            Error::io(&error, format_args!("leave the ring of queue {queue}")).with_kind(ErrorKind::Queue)
+        };
+        while !self.tags.abandoned() && self.tags.settle().map_err(|error| failed(error, self.tags.queue()))? {}
+        Ok(())
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {

@@ -21,14 +21,16 @@ pub enum Phase {
     Started,
     /// Its block node is there: [`start`](crate::DeviceBuilder::start) is about to return.
     Visible,
-    /// It is to be closed, and every queue's thread has given a sign of life; STOP comes next.
+    /// It is to be closed or detached, and every queue's thread has given a sign of life; STOP or QUIESCE comes next.
     Stopping,
     /// STOP is done: dirty pages are written back, and there is no block device any more.
     Stopped,
-    /// Every thread has ended; DEL comes next.
+    /// Every thread has ended; DEL comes next, if it is to be closed.
     Joined,
     /// DEL is done, or left to the kernel.
     Deleted,
+    /// The kernel has taken it back: another server can recover it.
+    Detached,
 }
 
 impl fmt::Display for Phase {
@@ -43,6 +45,7 @@ impl fmt::Display for Phase {
             Self::Stopped => "stopped",
             Self::Joined => "joined",
             Self::Deleted => "deleted",
+            Self::Detached => "detached",
         })
     }
 }

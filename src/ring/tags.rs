@@ -8,10 +8,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
 
 use nix::errno::Errno;
-use nix::poll::PollFlags;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::{Kind, Ring};
@@ -21,6 +21,13 @@ use crate::sys::uring::{self, Sqe};
 
 /// User data of the wake-up poll; above every tag.
 const WAKE: u64 = 1 << 32;
+
+/// An order to a queue: complete what it has, take nothing new, end.
+const LEAVE: u8 = 1;
+/// An order to a queue: end now, whatever it owns.
+const ABANDON: u8 = 2;
+/// How long a queue that leaves waits for loans at a time.
+const SETTLE_SLICE_MS: u8 = 50;
 
 /// Who holds a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,8 +53,8 @@ pub(crate) struct Shared {
     results: Box<[AtomicI32]>,
     /// The queue thread is about to sleep: a wake-up is needed.
     asleep: AtomicBool,
-    /// The queue is to end now, whatever it owns.
-    abandoned: AtomicBool,
+    /// Whether and how the queue is to end: [`LEAVE`], [`ABANDON`].
+    orders: AtomicU8,
     /// How often the queue's thread has noticed a wake-up.
     woken: AtomicU64,
     wake: EventFd,
@@ -63,7 +70,7 @@ impl Shared {
             returned: (0..usize::from(depth).div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             results: (0..depth).map(|_| AtomicI32::new(0)).collect(),
             asleep: AtomicBool::new(false),
-            abandoned: AtomicBool::new(false),
+            orders: AtomicU8::new(0),
             woken: AtomicU64::new(0),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
@@ -76,7 +83,13 @@ impl Shared {
 
     /// Ends the queue's loop as soon as its thread is not inside a backend.
     pub(crate) fn abandon(&self) {
-        self.abandoned.store(true, Ordering::SeqCst);
+        self.orders.fetch_or(ABANDON, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Ends the queue's loop once what it has is completed.
+    pub(crate) fn leave(&self) {
+        self.orders.fetch_or(LEAVE, Ordering::SeqCst);
         self.wake();
     }
 
@@ -416,7 +429,36 @@ impl Tags {
     /// Whether the queue was told to end whatever it owns.
     #[inline]
     pub(crate) fn abandoned(&self) -> bool {
-        self.shared.abandoned.load(Ordering::Relaxed)
+        self.shared.orders.load(Ordering::Relaxed) & ABANDON != 0
+    }
+
+    /// Whether the queue was told to end in either way.
+    #[inline]
+    pub(crate) fn ordered(&self) -> bool {
+        self.shared.orders.load(Ordering::Relaxed) != 0
+    }
+
+    /// How many completions were taken so far, modulo 2^32.
+    pub(crate) fn taken(&self) -> u32 {
+        self.ring.taken()
+    }
+
+    /// Commits what was given back, waiting for more if some is out, and takes nothing new. Returns whether some is still
+    /// out.
+    pub(crate) fn settle(&mut self) -> io::Result<bool> {
+        // As in `wait_with_loans`.
+        self.shared.asleep.store(true, Ordering::SeqCst);
+        if !self.collect() && self.lent > 0 {
+            let _ = poll(&mut [PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)], SETTLE_SLICE_MS);
+        }
+        self.shared.asleep.store(false, Ordering::SeqCst);
+        // Whoever asks for a sign of life while the queue leaves gets one.
+        if self.shared.wake.read().is_ok() {
+            self.shared.woken.fetch_add(1, Ordering::SeqCst);
+        }
+        self.collect();
+        self.ring.submit()?;
+        Ok(self.lent > 0)
     }
 
     /// The first completion that cannot be served past: a tag's or the wake-up's, and its errno.

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::ops::{Deref, DerefMut};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -40,6 +41,11 @@ pub(crate) fn close(device: &Device) {
 /// Opens the device past the page cache.
 pub(crate) fn direct(device: &Device) -> File {
     open(device, libc::O_DIRECT)
+}
+
+/// Opens a block device by its path, past the page cache.
+pub(crate) fn direct_at(path: &Path) -> File {
+    OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(path).expect("open the device")
 }
 
 /// Opens it for reading and writing.

@@ -10,8 +10,10 @@ mod faults;
 mod geometry;
 mod handlers;
 mod io;
+mod keeper;
 mod orphans;
 mod queues;
+mod recovery;
 pub(crate) mod runner;
 mod scenarios;
 pub(crate) mod server;
@@ -33,6 +35,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         start::cases(),
         control::cases(),
         orphans::cases(),
+        recovery::cases(),
         scenarios::cases(),
         torture::cases(),
     ]

@@ -13,6 +13,8 @@ use crate::recovery::Recovery;
 use crate::stats::Phase;
 use crate::sys::ublk::Features;
 
+/// How long QUIESCE looks for an idle tag in each queue. It is there at once or not at all, as the queues keep still meanwhile.
+const QUIESCE_LIMIT: Duration = Duration::from_millis(10);
 /// How often the state of a device that was let go is looked at.
 const SLICE: Duration = Duration::from_millis(5);
 
@@ -106,21 +108,26 @@ impl Device {
         self.health.closing();
         let now = orphan::identity(&self.controller, self.id());
         if self.identity.is_some() && now != self.identity {
-            serving.leave();
+            serving.abandon();
             serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
             let message = format!("detach device {}: somebody else deleted it", self.id());
             return Err(Error::new(ErrorKind::State, message));
         }
         let until = Instant::now() + self.deadlines.stop;
-        // A queue that is inside the backend for good cannot let go, and QUIESCE would keep the driver's mutex waiting for it.
+        // A queue that is inside the backend for good cannot let go, and QUIESCE would wait for it with the driver's mutex.
         serving.await_answers(until)?;
         self.tell(Phase::Stopping);
-        if self.info.features().contains(Features::QUIESCE) {
-            // If it fails, the queues end in the old way. That the driver then goes on holding I/O back does no harm: this
-            // server is about to go.
-            let _ = self.controller.quiesce(self.id(), until.saturating_duration_since(Instant::now()));
+        let quiesce = self.info.features().contains(Features::QUIESCE);
+        // QUIESCE takes idle tags away without a look at whether they are just being committed, and the kernel dies of one that
+        // is (see docs/landmines.md). So the queues complete what they have, and keep still while it runs.
+        if serving.park(until) && quiesce {
+            // It need not succeed: even when no tag is idle, the kernel holds new requests back from here on. What it had on its
+            // way is served then.
+            let _ = self.controller.quiesce(self.id(), QUIESCE_LIMIT);
+            serving.finish();
+        } else {
+            serving.abandon();
         }
-        serving.leave();
         let joined = serving.join(&self.health, until.max(Instant::now() + JOIN_DEADLINE));
         if !serving.queues_ended() {
             return joined.and(Err(crate::device::still_inside("a queue")));

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use crate::backend::{Backend, Geometry};
 use crate::builder::DeviceBuilder;
 use crate::ctrl::{Controller, DeviceInfo};
-use crate::error::{Error, ErrorKind, Result};
 use crate::detach::DetachedDevice;
+use crate::error::{Error, ErrorKind, Result};
 use crate::holders::{self, Holder};
 use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
@@ -204,16 +204,30 @@ impl Serving {
         queues.chain(self.workers.iter().flat_map(Workers::thread_ids)).collect()
     }
 
-    fn abandon(&self) {
+    pub(crate) fn abandon(&self) {
         for queue in &self.queues {
             queue.tags.abandon();
         }
     }
 
-    /// Ends the queues once they have completed what they have.
-    pub(crate) fn leave(&self) {
+    /// Has every queue complete what it has and take nothing more. Returns whether they all have.
+    pub(crate) fn park(&self, deadline: Instant) -> bool {
         for queue in &self.queues {
             queue.tags.leave();
+        }
+        self.queues.iter().all(|queue| {
+            let ended = || queue.thread.as_ref().is_none_or(JoinHandle::is_finished);
+            while !queue.tags.has_parked() && !ended() && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_micros(50));
+            }
+            queue.tags.has_parked() || ended()
+        })
+    }
+
+    /// Has queues that have parked serve what the driver had on its way, and end.
+    pub(crate) fn finish(&self) {
+        for queue in &self.queues {
+            queue.tags.finish();
         }
     }
 

@@ -84,8 +84,8 @@ impl<H: Handler> Queue<H> {
         Ok(true)
     }
 
-    /// Commits what the last batch left, and whatever the driver had on its way when it took the other tags back: nothing after
-    /// STOP, but a few requests after QUIESCE.
+    /// Commits what the last batch left, and whatever the driver had on its way when it began to hold requests back: nothing
+    /// after STOP, but a few requests after QUIESCE.
     fn finish(&mut self) -> Result<(), Error> {
         while !self.tags.abandoned() {
             let (taken, owned) = (self.tags.taken(), self.tags.owns_requests());
@@ -99,13 +99,15 @@ impl<H: Handler> Queue<H> {
         self.enter(false)
     }
 
-    /// Completes what is here or on loan, without a look at what comes in: the driver takes that back when the ring goes.
+    /// Completes what is here or on loan, without a look at what comes in, and parks. What came in is served if the queue is to
+    /// finish; if not, the driver takes it back when the ring goes.
     fn leave(&mut self) -> Result<(), Error> {
         let failed = |error: io::Error, queue| {
             Error::io(&error, format_args!("leave the ring of queue {queue}")).with_kind(ErrorKind::Queue)
         };
         while !self.tags.abandoned() && self.tags.settle().map_err(|error| failed(error, self.tags.queue()))? {}
-        Ok(())
+        self.tags.park();
+        if self.tags.abandoned() { Ok(()) } else { self.finish() }
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {

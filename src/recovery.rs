@@ -134,7 +134,9 @@ pub(crate) fn await_unserved(controller: &Controller, id: u32, deadline: Instant
             State::Dead => {
                 return Err(Error::new(
                     ErrorKind::State,
-                    format!("recover device {id}: it is DEAD: stopped, or not started yet; delete it or start another"),
+                    format!(
+                        "recover device {id}: it is DEAD: stopped, or not started yet; delete it or start another"
+                    ),
                 ));
             }
             state => patience.wait(&state.to_string())?,
@@ -178,7 +180,9 @@ impl Patience {
         } else if now >= *self.held_since.get_or_insert(now) + HELD_PATIENCE || now >= self.deadline {
             return Err(Error::new(
                 ErrorKind::Busy,
-                format!("recover device {id}: it is {state} and held by {holders}: end that process, or have it detach"),
+                format!(
+                    "recover device {id}: it is {state} and held by {holders}: end that process, or have it detach"
+                ),
             ));
         }
         if now >= self.deadline {
@@ -225,7 +229,10 @@ pub(crate) fn data_mode(info: &DeviceInfo) -> Result<DataMode> {
     if unserved != Features::NONE {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            format!("recover device {}: it was added with {unserved:?}, which this library does not serve", info.id()),
+            format!(
+                "recover device {}: it was added with {unserved:?}, which this library does not serve",
+                info.id()
+            ),
         ));
     }
     Ok(if info.features().contains(Features::USER_COPY) { DataMode::UserCopy } else { DataMode::Copy })

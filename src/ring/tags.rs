@@ -22,12 +22,14 @@ use crate::sys::uring::{self, Sqe};
 /// User data of the wake-up poll; above every tag.
 const WAKE: u64 = 1 << 32;
 
-/// An order to a queue: complete what it has, take nothing new, end.
+/// An order to a queue: complete what it has, take nothing new, and park.
 const LEAVE: u8 = 1;
 /// An order to a queue: end now, whatever it owns.
 const ABANDON: u8 = 2;
-/// How long a queue that leaves waits for loans at a time.
-const SETTLE_SLICE_MS: u8 = 50;
+/// An order to a queue that has parked: serve what the driver had on its way, then end.
+const FINISH: u8 = 4;
+/// How long a queue that leaves waits for loans or orders at a time.
+const LEAVE_SLICE_MS: u8 = 50;
 
 /// Who holds a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,8 +55,10 @@ pub(crate) struct Shared {
     results: Box<[AtomicI32]>,
     /// The queue thread is about to sleep: a wake-up is needed.
     asleep: AtomicBool,
-    /// Whether and how the queue is to end: [`LEAVE`], [`ABANDON`].
+    /// Whether and how the queue is to end: [`LEAVE`], [`FINISH`], [`ABANDON`].
     orders: AtomicU8,
+    /// The queue has nothing in its hands and takes nothing.
+    parked: AtomicBool,
     /// How often the queue's thread has noticed a wake-up.
     woken: AtomicU64,
     wake: EventFd,
@@ -71,6 +75,7 @@ impl Shared {
             results: (0..depth).map(|_| AtomicI32::new(0)).collect(),
             asleep: AtomicBool::new(false),
             orders: AtomicU8::new(0),
+            parked: AtomicBool::new(false),
             woken: AtomicU64::new(0),
             wake: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
@@ -87,9 +92,20 @@ impl Shared {
         self.wake();
     }
 
-    /// Ends the queue's loop once what it has is completed.
+    /// Has the queue complete what it has, and park.
     pub(crate) fn leave(&self) {
         self.orders.fetch_or(LEAVE, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Whether it has.
+    pub(crate) fn has_parked(&self) -> bool {
+        self.parked.load(Ordering::SeqCst)
+    }
+
+    /// Has a queue that has parked serve what the driver had on its way, and end.
+    pub(crate) fn finish(&self) {
+        self.orders.fetch_or(FINISH, Ordering::SeqCst);
         self.wake();
     }
 
@@ -449,16 +465,28 @@ impl Tags {
         // As in `wait_with_loans`.
         self.shared.asleep.store(true, Ordering::SeqCst);
         if !self.collect() && self.lent > 0 {
-            let _ = poll(&mut [PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)], SETTLE_SLICE_MS);
+            self.await_wake();
         }
         self.shared.asleep.store(false, Ordering::SeqCst);
-        // Whoever asks for a sign of life while the queue leaves gets one.
-        if self.shared.wake.read().is_ok() {
-            self.shared.woken.fetch_add(1, Ordering::SeqCst);
-        }
         self.collect();
         self.ring.submit()?;
         Ok(self.lent > 0)
+    }
+
+    /// Waits for the order to finish or to end, without a look at the ring.
+    pub(crate) fn park(&self) {
+        self.shared.parked.store(true, Ordering::SeqCst);
+        while self.shared.orders.load(Ordering::SeqCst) & (FINISH | ABANDON) == 0 {
+            self.await_wake();
+        }
+    }
+
+    /// Waits a moment for a wake-up, past the ring. Whoever asks for a sign of life meanwhile gets one.
+    fn await_wake(&self) {
+        let _ = poll(&mut [PollFd::new(self.shared.wake.as_fd(), PollFlags::POLLIN)], LEAVE_SLICE_MS);
+        if self.shared.wake.read().is_ok() {
+            self.shared.woken.fetch_add(1, Ordering::SeqCst);
+        }
     }
 
     /// The first completion that cannot be served past: a tag's or the wake-up's, and its errno.

@@ -13,7 +13,9 @@ use nix::libc;
 use ublkit::ctrl::{State, block_path, character_path};
 use ublkit::orphan::{self, Class, Outcome};
 use ublkit::sys::ublk::Features;
-use ublkit::{Backend, Controller, Device, ErrorKind, Event, Geometry, Phase, QueueInfo, Recovery, Request, backends};
+use ublkit::{
+    Backend, Controller, Device, ErrorKind, Event, Geometry, Phase, QueueInfo, Recovery, Request, backends,
+};
 
 use super::client::{self, Aligned, MIB, assert_same, bounded, builder, eventually};
 use super::disk::{Disk, Op};
@@ -273,7 +275,7 @@ fn a_recovery_that_fails_leaves_the_device_recoverable() {
                 Ok(|request: Request<'_>| request.complete())
             };
             let error = Device::builder_with_handlers(geometry, open)
-                .start_deadline(Duration::from_secs(1))
+                .start_deadline(Duration::from_secs(10))
                 .recover(id)
                 .expect_err("it fails");
             assert!(error.to_string().contains("still there to be recovered"), "{error}");

@@ -3,12 +3,17 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use ublkit::Recovery;
 
 use crate::units::{parse_bytes, parse_bytes_u32, parse_duration};
 
 const AFTER_HELP: &str = "Exit status: 0 done, 1 wrong usage, 2 the command failed, \
 4 this machine lacks something (the message says what to do).";
+
+const RECOVER_HELP: &str = "Queues, depth, recovery mode and the way data moves are the device's own; --queues, --depth, \
+--user-copy, --recovery and --id are ignored. Size, block size and what the backend can do must be those that the device was \
+built with.";
 
 /// Serves block devices from user space through ublk, and looks after the ublk devices of this machine.
 #[derive(Debug, Parser)]
@@ -26,6 +31,9 @@ pub(crate) enum Command {
     List(List),
     /// Serve a device until Ctrl-C
     Serve(Serve),
+    /// Take over a device whose server is gone, with the I/O that waits in it, and serve it until Ctrl-C
+    #[command(after_help = RECOVER_HELP)]
+    Recover(Recover),
     /// Stop a device: dirty pages are written back, the block device goes away, the id stays
     Stop(Stop),
     /// Stop and delete a device
@@ -56,6 +64,14 @@ pub(crate) struct List {
 
 #[derive(Args, Debug)]
 pub(crate) struct Serve {
+    #[command(subcommand)]
+    pub(crate) backend: ServeBackend,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Recover {
+    /// The N of /dev/ublkbN
+    pub(crate) id: u32,
     #[command(subcommand)]
     pub(crate) backend: ServeBackend,
 }
@@ -120,9 +136,40 @@ pub(crate) struct Shape {
     /// Refuse writes
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// What becomes of the device when this server dies: another can take it over (see `recover`), and meanwhile I/O waits or
+    /// fails
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Mode::None)]
+    pub(crate) recovery: Mode,
+    /// Leave the device behind for another server at the end, instead of closing it
+    #[arg(long)]
+    pub(crate) detach: bool,
     /// The N of /dev/ublkbN [default: any free one]
     #[arg(long, value_name = "N")]
     pub(crate) id: Option<u32>,
+}
+
+/// [`ublkit::Recovery`], as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Mode {
+    /// The device ends with its server
+    None,
+    /// Requests that the server had fail; all others wait
+    Wait,
+    /// All requests wait, and those that the server had are issued again
+    Reissue,
+    /// All requests fail at once (Linux 6.16 or later)
+    FailIo,
+}
+
+impl From<Mode> for Recovery {
+    fn from(mode: Mode) -> Self {
+        match mode {
+            Mode::None => Self::None,
+            Mode::Wait => Self::Wait,
+            Mode::Reissue => Self::Reissue,
+            Mode::FailIo => Self::FailIo,
+        }
+    }
 }
 
 #[derive(Args, Debug)]
@@ -189,8 +236,26 @@ mod tests {
             panic!("parsed as something else")
         };
         assert_eq!((memory.size, memory.logical_block, memory.workers), (64 << 20, 4096, 3));
-        let Shape { queues, depth, user_copy, read_only, id } = memory.shape;
+        let Shape { queues, depth, user_copy, read_only, id, recovery, detach } = memory.shape;
+        assert_eq!((recovery, detach), (Mode::None, false));
         assert_eq!((queues, depth, user_copy, read_only, id), (2, 16, true, false, Some(7)));
+    }
+
+    #[test]
+    fn a_device_is_recovered_by_its_id_with_a_backend() {
+        let Ok(Command::Recover(recover)) = parse("ublkit recover 3 file disk.img --workers 2") else {
+            panic!("parsed as something else")
+        };
+        assert!(matches!(recover.backend, ServeBackend::File(file) if file.workers == 2));
+        assert_eq!(recover.id, 3);
+        for mode in ["none", "wait", "reissue", "fail-io"] {
+            let Ok(Command::Serve(Serve { backend: ServeBackend::Null(null) })) =
+                parse(&format!("ublkit serve null --recovery {mode} --detach"))
+            else {
+                panic!("parsed as something else")
+            };
+            assert_eq!((Recovery::from(null.shape.recovery).to_string().as_str(), null.shape.detach), (mode, true));
+        }
     }
 
     #[test]
@@ -224,6 +289,8 @@ mod tests {
             "ublkit serve memory --workers 1025",
             "ublkit serve memory --direct",
             "ublkit serve null disk.img",
+            "ublkit serve memory --recovery maybe",
+            "ublkit recover memory",
             "ublkit stop one",
             "ublkit delete 0 --timeout 2d",
             "ublkit clean 4294967296",

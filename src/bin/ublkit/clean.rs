@@ -44,7 +44,8 @@ fn report(cleaned: &[Cleaned], recoverable: &[u32]) -> String {
         if recoverable.contains(&device.id) {
             let _ = writeln!(
                 text,
-                "    a server can still take it over; `ublkit clean {}` deletes it with the I/O that waits in it",
+                "    a server can still take it over (`ublkit recover {0}`); `ublkit clean {0}` deletes it with the I/O that \
+                 waits in it",
                 device.id
             );
         }

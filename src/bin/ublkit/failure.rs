@@ -37,6 +37,11 @@ impl Failure {
         Self { status: Status::Failed, message: Some(message.into()) }
     }
 
+    /// What was asked for makes no sense; `message` is a whole sentence.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self { status: Status::Usage, message: Some(message.into()) }
+    }
+
     /// The command failed and the reader knows it already, or is gone.
     pub(crate) fn silent() -> Self {
         Self { status: Status::Failed, message: None }

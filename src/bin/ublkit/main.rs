@@ -48,6 +48,7 @@ fn run(command: &Command) -> Result<(), Failure> {
         Command::Features(arguments) => features::run(arguments),
         Command::List(arguments) => list::run(arguments),
         Command::Serve(arguments) => serve::run(&arguments.backend),
+        Command::Recover(arguments) => serve::recover(arguments.id, &arguments.backend),
         Command::Stop(arguments) => remove::stop(arguments),
         Command::Delete(arguments) => remove::delete(arguments),
         Command::Clean(arguments) => clean::run(arguments),

@@ -1,11 +1,11 @@
-//! `ublkit serve`
+//! `ublkit serve` and `ublkit recover`
 
 use std::time::Duration;
 
 use ublkit::backends::{File, Memory, Null};
 use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Event, Geometry, Signals};
 
-use crate::args::{ServeBackend, ServeFile, ServeSized, Shape};
+use crate::args::{Mode, ServeBackend, ServeFile, ServeSized, Shape};
 use crate::failure::Failure;
 use crate::output;
 
@@ -14,11 +14,38 @@ const LOOK: Duration = Duration::from_millis(200);
 /// What of an empty page of memory can be given back.
 const DISCARD_BYTES: u32 = 4096;
 
+/// Where a device comes from.
+#[derive(Clone, Copy, Debug)]
+enum Origin {
+    New,
+    /// It is there, and its server is gone.
+    Left(u32),
+}
+
 pub(crate) fn run(backend: &ServeBackend) -> Result<(), Failure> {
+    serve_any(backend, Origin::New)
+}
+
+pub(crate) fn recover(id: u32, backend: &ServeBackend) -> Result<(), Failure> {
+    serve_any(backend, Origin::Left(id))
+}
+
+fn serve_any(backend: &ServeBackend, origin: Origin) -> Result<(), Failure> {
+    let shape = match backend {
+        ServeBackend::Memory(sized) | ServeBackend::Null(sized) => &sized.shape,
+        ServeBackend::File(file) => &file.shape,
+    };
+    if shape.detach && matches!(origin, Origin::New) && shape.recovery == Mode::None {
+        return Err(Failure::usage(
+            "--detach needs --recovery wait, reissue or fail-io: other devices end with their server",
+        ));
+    }
     match backend {
-        ServeBackend::Memory(sized) => serve(Memory::with_geometry(geometry(sized)), sized.workers, &sized.shape),
-        ServeBackend::Null(sized) => serve(Null::with_geometry(geometry(sized)), sized.workers, &sized.shape),
-        ServeBackend::File(file) => serve_file(file),
+        ServeBackend::Memory(sized) => {
+            serve(Memory::with_geometry(geometry(sized)), sized.workers, &sized.shape, origin)
+        }
+        ServeBackend::Null(sized) => serve(Null::with_geometry(geometry(sized)), sized.workers, &sized.shape, origin),
+        ServeBackend::File(file) => serve_file(file, origin),
     }
 }
 
@@ -31,7 +58,7 @@ fn geometry(sized: &ServeSized) -> Geometry {
     }
 }
 
-fn serve_file(arguments: &ServeFile) -> Result<(), Failure> {
+fn serve_file(arguments: &ServeFile, origin: Origin) -> Result<(), Failure> {
     let mut options = File::options().read_only(arguments.shape.read_only).direct(arguments.direct);
     if let Some(bytes) = arguments.logical_block {
         options = options.logical_block(bytes);
@@ -45,7 +72,7 @@ fn serve_file(arguments: &ServeFile) -> Result<(), Failure> {
     if arguments.direct && !file.is_direct() {
         output::complain(format_args!("{} cannot do direct I/O: it goes through the page cache", path.display()));
     }
-    let started = start(file, arguments.workers, &arguments.shape).inspect_err(|_| {
+    let started = start(file, arguments.workers, &arguments.shape, origin).inspect_err(|_| {
         if arguments.create.is_some() {
             // It is empty and was made for nothing.
             let _ = std::fs::remove_file(path);
@@ -54,8 +81,8 @@ fn serve_file(arguments: &ServeFile) -> Result<(), Failure> {
     started.until_the_end()
 }
 
-fn serve<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<(), Failure> {
-    start(backend, workers, shape)?.until_the_end()
+fn serve<B: Backend>(backend: B, workers: usize, shape: &Shape, origin: Origin) -> Result<(), Failure> {
+    start(backend, workers, shape, origin)?.until_the_end()
 }
 
 /// A device that is being served.
@@ -63,15 +90,17 @@ struct Started {
     device: Device,
     /// Caught before the device was made, so that no signal can end this program and leave the device behind.
     signals: Signals,
+    detach: bool,
 }
 
-fn start<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<Started, Failure> {
+fn start<B: Backend>(backend: B, workers: usize, shape: &Shape, origin: Origin) -> Result<Started, Failure> {
     let signals = Signals::catch()?;
     let mut builder = Device::builder(backend)
         .workers(workers)
         .queues(shape.queues)
         .depth(shape.depth)
         .data_mode(if shape.user_copy { DataMode::UserCopy } else { DataMode::Copy })
+        .recovery(shape.recovery.into())
         .on_event(|event| {
             // Its own lines say how far it has come.
             if !matches!(event, Event::Phase(_)) {
@@ -81,7 +110,11 @@ fn start<B: Backend>(backend: B, workers: usize, shape: &Shape) -> Result<Starte
     if let Some(id) = shape.id {
         builder = builder.id(id);
     }
-    Ok(Started { device: builder.start()?, signals })
+    let device = match origin {
+        Origin::New => builder.start()?,
+        Origin::Left(id) => builder.recover(id)?,
+    };
+    Ok(Started { device, signals, detach: shape.detach })
 }
 
 impl Started {
@@ -93,7 +126,12 @@ impl Started {
             Ok(()) => self.wait(),
             Err(_) => ("nobody reads the output", None),
         };
-        let closed = self.device.close();
+        // A device that has failed, or that somebody else has stopped, is nothing to hand on.
+        let closed = if self.detach && self.device.first_error().is_none() {
+            self.device.detach().map(|detached| detached.to_string())
+        } else {
+            self.device.close().map(|closed| closed.to_string())
+        };
         let stats = self.device.stats();
         let requests: u64 = stats.iter().map(|queue| queue.requests).sum();
         let errors: u64 = stats.iter().map(|queue| queue.failed).sum();

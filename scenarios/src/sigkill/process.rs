@@ -7,6 +7,10 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::Pid;
+
 use super::protocol::{Command, Order, What, Word};
 use super::role::ARGUMENT;
 use crate::context::Context;
@@ -26,6 +30,8 @@ pub(super) struct Process {
     listener: Option<JoinHandle<()>>,
     heard: Vec<Word>,
     gone: bool,
+    /// A thread of it that this thread has stopped, and so has to bury.
+    stopped: Option<Pid>,
 }
 
 /// How a server was killed.
@@ -54,7 +60,7 @@ impl Process {
         context.watchdog().watch_process(child.id());
         let (orders, replies) = (child.stdin.take(), child.stdout.take());
         let (sender, words) = mpsc::channel();
-        let mut this = Self { child, orders, words, listener: None, heard: Vec::new(), gone: false };
+        let mut this = Self { child, orders, words, listener: None, heard: Vec::new(), gone: false, stopped: None };
         let Some(replies) = replies else { return Err(Failure::Internal("a server has no pipes".to_owned())) };
         let listen = move || listen(replies, &sender);
         this.listener = Some(std::thread::Builder::new().name("listener".to_owned()).spawn(listen).map_err(cannot)?);
@@ -123,6 +129,23 @@ impl Process {
         }
     }
 
+    /// Stops one thread of it for good, wherever that is, while the others go on. Only a tracer can do so to one thread.
+    pub(super) fn stop_thread(&mut self, thread: i32) -> Result<(), Failure> {
+        let thread = Pid::from_raw(thread);
+        let cannot = |errno| Failure::Environment(format!("failed to stop a thread of the server: {errno} (ptrace)"));
+        ptrace::seize(thread, ptrace::Options::empty()).map_err(cannot)?;
+        self.stopped = Some(thread);
+        ptrace::interrupt(thread).map_err(cannot)?;
+        let deadline = Instant::now() + KILL_LIMIT;
+        while Instant::now() < deadline {
+            match waitpid(thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG)).map_err(cannot)? {
+                WaitStatus::StillAlive => std::thread::sleep(Duration::from_millis(1)),
+                _ => return Ok(()),
+            }
+        }
+        Err(Failure::Hang(format!("a thread of the server did not stop within {KILL_LIMIT:?}")))
+    }
+
     /// SIGKILL; returns when the process is gone.
     pub(super) fn kill(mut self) -> Result<Killed, Failure> {
         let begun = Instant::now();
@@ -144,6 +167,10 @@ impl Process {
     fn reap(&mut self, limit: Duration) -> Result<(), Failure> {
         let deadline = Instant::now() + limit;
         loop {
+            if let Some(thread) = self.stopped {
+                // The process is not gone before its tracer has seen each traced thread go.
+                let _ = waitpid(thread, Some(WaitPidFlag::__WALL | WaitPidFlag::WNOHANG));
+            }
             match self.child.try_wait() {
                 Ok(Some(_)) => break,
                 Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(1)),

@@ -63,6 +63,8 @@ pub(super) enum Stage {
 pub(super) enum Command {
     /// Stop there from now on.
     Hold(Hold),
+    /// Go on where it is held; hold nothing from now on.
+    Release,
     /// End the thread of the queue that gets the next request.
     EndQueue,
     /// Close the device, and end.

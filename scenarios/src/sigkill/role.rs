@@ -36,6 +36,7 @@ pub(crate) fn main() -> u8 {
         for line in lines.map_while(Result::ok) {
             match serde_json::from_str(&line) {
                 Ok(Command::Hold(hold)) => told.arm(hold),
+                Ok(Command::Release) => told.release(),
                 Ok(Command::EndQueue) => told.end_queue(),
                 Ok(Command::Close) => drop(sender.send(())),
                 Err(error) => say(What::Note(format!("not understood: {error}"))),

@@ -27,6 +27,8 @@ const START_ATTEMPTS: u32 = 6;
 const START_GUESS: Duration = Duration::from_millis(4);
 /// Kills at a drawn time come within this much of what they follow.
 const DRAWN_MAX: Duration = Duration::from_millis(30);
+/// Where a server is held that is to be killed while one queue has fetched and another has not.
+const MID_FETCH: Hold = Hold::Open(0);
 /// Blocks that are left dirty in the page cache, for STOP to write back.
 const DIRTY_BLOCKS: u64 = 48;
 
@@ -34,7 +36,7 @@ impl Cell<'_> {
     pub(super) fn visit(&mut self) -> Result<(), Failure> {
         match self.point {
             Point::Added => self.before_start(Hold::Phase("added".to_owned())),
-            Point::MidFetch => self.before_start(Hold::Open(1)),
+            Point::MidFetch => self.before_start(MID_FETCH),
             Point::Fetched => self.before_start(Hold::Phase("fetched".to_owned())),
             Point::Starting => self.starting(),
             Point::Started => self.started(Hold::Phase("started".to_owned())),
@@ -70,28 +72,46 @@ impl Cell<'_> {
     fn stopped_before_start(&mut self, hold: &Hold) -> Result<Process, Failure> {
         let mut process = self.serve(Some(hold.clone()))?;
         Self::held(&mut process, 1, 0)?;
-        if *hold == Hold::Open(1) {
-            self.await_fetched(&process)?;
+        if *hold == MID_FETCH {
+            // The library has every queue set up before the first one fetches. So the first is held in its handler's opening
+            // until the second is ready; that one is stopped where it waits for the word to fetch; and the first goes on.
+            let thread = self.await_thread(&process, 1, "futex_wait")?;
+            process.stop_thread(thread)?;
+            process.tell(&Command::Release)?;
+            self.await_thread(&process, 0, "io_cqring_wait")?;
         }
         Ok(process)
     }
 
-    /// Queue 0 has fetched when its thread waits in the kernel for requests.
-    fn await_fetched(&self, process: &Process) -> Result<(), Failure> {
-        let name = format!("ublk{}-q0", self.id);
-        let waits = |task: &Path| {
-            let read = |file: &str| std::fs::read_to_string(task.join(file)).unwrap_or_default();
-            read("comm").trim() == name && read("stack").contains("io_cqring_wait")
-        };
+    /// Waits until the thread of a queue stays in a function of the kernel's. Returns its id.
+    fn await_thread(&self, process: &Process, queue: u16, function: &str) -> Result<i32, Failure> {
+        const LOOKS: u32 = 4;
+        let name = format!("ublk{}-q{queue}", self.id);
         let begun = Instant::now();
+        let (mut looks, mut last) = (0, String::new());
         while begun.elapsed() < CONTROL_LIMIT {
             let tasks = std::fs::read_dir(format!("/proc/{}/task", process.pid()));
-            if tasks.is_ok_and(|tasks| tasks.flatten().any(|task| waits(&task.path()))) {
-                return Ok(());
+            let read = |task: &Path, file: &str| std::fs::read_to_string(task.join(file)).unwrap_or_default();
+            let task = tasks.ok().and_then(|tasks| {
+                tasks.flatten().map(|task| task.path()).find(|task| read(task, "comm").trim() == name)
+            });
+            if let Some(task) = task {
+                let status = read(&task, "status");
+                let switches: String = status.lines().filter(|line| line.contains("ctxt_switches")).collect();
+                let there = read(&task, "stack").contains(function);
+                looks = if there && switches == last { looks + 1 } else { 0 };
+                last = switches;
+                let id = task.file_name().and_then(|id| id.to_string_lossy().parse().ok());
+                if let Some(id) = id.filter(|_| looks >= LOOKS) {
+                    return Ok(id);
+                }
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(5));
         }
-        Err(Failure::Hang(format!("queue 0 has not fetched within {CONTROL_LIMIT:?}:\n{}", stacks(process.pid()))))
+        Err(Failure::Hang(format!(
+            "queue {queue} did not come to {function} within {CONTROL_LIMIT:?}:\n{}",
+            stacks(process.pid())
+        )))
     }
 
     fn before_start(&mut self, hold: Hold) -> Result<(), Failure> {
@@ -313,7 +333,7 @@ impl Cell<'_> {
         let hold = match reached {
             Reached::Added => Hold::Phase("added".to_owned()),
             Reached::Configured => Hold::Phase("configured".to_owned()),
-            Reached::MidFetch => Hold::Open(1),
+            Reached::MidFetch => MID_FETCH,
             Reached::Fetched => Hold::Phase("fetched".to_owned()),
         };
         if self.mode == Mode::None {

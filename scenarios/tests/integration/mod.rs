@@ -17,6 +17,7 @@ mod recovery;
 pub(crate) mod runner;
 mod scenarios;
 pub(crate) mod server;
+mod sigkill;
 mod sizes;
 mod start;
 mod torture;
@@ -37,6 +38,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         orphans::cases(),
         recovery::cases(),
         scenarios::cases(),
+        sigkill::cases(),
         torture::cases(),
     ]
     .into_iter()

@@ -11,7 +11,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 
 use super::Plant;
 use super::mode::Mode;
@@ -26,6 +26,8 @@ const EVICT_EVERY: u64 = 8;
 #[derive(Debug)]
 pub(super) struct Store {
     file: File,
+    /// A file's read may meet half of a write, within a block too; a disk's may not.
+    turn: RwLock<()>,
     /// Blocks that are not in the file yet.
     cache: Option<Mutex<Cache>>,
     plant: Option<Plant>,
@@ -51,6 +53,7 @@ impl Store {
         let in_hand = u32::from(order.queues) * u32::from(order.depth);
         Ok(Self {
             file,
+            turn: RwLock::new(()),
             cache: cached.then(Mutex::default),
             plant: order.plant,
             swallow: AtomicU32::new(if forgets { in_hand } else { 0 }),
@@ -71,7 +74,10 @@ impl Store {
     }
 
     pub(super) fn read(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        let Some(cache) = self.cache() else { return self.file.read_exact_at(buf, offset) };
+        let Some(cache) = self.cache() else {
+            let _turn = self.turn.read().unwrap_or_else(PoisonError::into_inner);
+            return self.file.read_exact_at(buf, offset);
+        };
         self.file.read_exact_at(buf, offset)?;
         for (block, bytes) in (offset / BLOCK as u64..).zip(buf.chunks_exact_mut(BLOCK)) {
             if let Some(dirty) = cache.dirty.get(&block) {
@@ -86,7 +92,10 @@ impl Store {
         if self.swallow.fetch_update(Ordering::Relaxed, Ordering::Relaxed, swallow).is_ok() {
             return Ok(());
         }
-        let Some(mut cache) = self.cache() else { return self.file.write_all_at(data, offset) };
+        let Some(mut cache) = self.cache() else {
+            let _turn = self.turn.write().unwrap_or_else(PoisonError::into_inner);
+            return self.file.write_all_at(data, offset);
+        };
         let blocks = (offset / BLOCK as u64..).zip(data.chunks_exact(BLOCK));
         if fua {
             self.file.write_all_at(data, offset)?;

@@ -75,7 +75,8 @@ impl Timeline {
         match how {
             Ended::Done => self.judge_done(began, ended),
             Ended::Short if self.mode == Mode::None => self.judge_failed(began, ended, libc::EIO),
-            Ended::Short => Judged::Wrong("it moved less than it was to"),
+            // A disk that was deleted has no capacity: a read of it meets its end.
+            Ended::Short => self.ended_by_the_end(ended, "it moved less than it was to"),
             Ended::Failed(errno) => self.judge_failed(began, ended, errno),
         }
     }
@@ -194,7 +195,9 @@ mod tests {
             timeline.deaths[0].recovered = None;
             timeline.ending = Some(500);
             assert_eq!(timeline.judge(250, 600, Ended::Failed(libc::EIO)), Judged::InFlight);
+            assert_eq!(timeline.judge(250, 600, Ended::Short), Judged::InFlight);
             assert!(wrong(timeline.judge(250, 450, Ended::Failed(libc::EIO))));
+            assert!(wrong(timeline.judge(250, 450, Ended::Short)));
         }
     }
 }

@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external sigkill release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ stress: release ## Devices by the thousand: churn, closes under load and from ma
 
 flush-trace: release ## Where the time goes between fsync and the backend: a picture, a trace, numbers (reports/flush-trace)
 	$(RUN) -- $(TORTURE) flush-trace --report $(REPORTS)/flush-trace --writeback-age 2s --workers-backend 2 $(ARGS)
+
+sigkill: release ## Kill a server at each point of its life, in each recovery mode, under verified load
+	$(RUN) -- $(TORTURE) sigkill --report $(REPORTS)/sigkill $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)

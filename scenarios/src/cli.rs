@@ -20,7 +20,7 @@ use crate::matrix;
 use crate::runner;
 use crate::scenario::{SCENARIOS, Scenario};
 use crate::units::parse_duration;
-use crate::{server, stress};
+use crate::{server, sigkill, stress};
 
 /// Sets the duration of a run where `--duration` does not.
 pub const DURATION_VARIABLE: &str = "UBLK_TORTURE_DURATION";
@@ -91,6 +91,9 @@ fn dispatch(args: &[OsString]) -> u8 {
     }
     if args.get(1).is_some_and(|arg| arg == stress::ARGUMENT) {
         return stress::worker_main();
+    }
+    if args.get(1).is_some_and(|arg| arg == sigkill::ARGUMENT) {
+        return sigkill::serve();
     }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,

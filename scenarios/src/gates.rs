@@ -61,14 +61,6 @@ pub const ABANDONED_START: Gate = Gate {
     kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
 };
 
-/// A server that dies while it hands its tags over in a recovery takes the device with it, on 6.18 and its like.
-pub const RECOVERY_KILLED_IN_FETCH: Gate = Gate {
-    name: "recovery-killed-in-fetch",
-    bug: "a server killed in the middle of its FETCHes during a recovery keeps its commands for ever: process and DEL hang",
-    fixed: "7.1.13 or earlier",
-    kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
-};
-
 /// A server that dies with a queue fetched in part never ends on 6.12.
 pub const KILLED_IN_FETCH: Gate = Gate {
     name: "killed-in-fetch",
@@ -78,16 +70,45 @@ pub const KILLED_IN_FETCH: Gate = Gate {
     kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
 };
 
-/// A server that dies with all tags of a queue in its hands is noticed late on 6.12.
-pub const KILLED_WITH_ALL_TAGS: Gate = Gate {
-    name: "killed-with-all-tags",
-    bug: "a server killed with every tag of a queue in its hands is noticed by the block layer's timeout only, after 30 to 60 s",
-    fixed: "6.18 or earlier",
+/// Kernels before 7.2 let START go on with commands that were cancelled when its server died.
+pub const KILLED_START: Gate = Gate {
+    name: "killed-start",
+    bug: "a server that dies between its last FETCH and the end of START: START goes on with cancelled commands, which are \
+          used after they were freed",
+    fixed: "7.2.12",
+    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(7, 2, 0))],
+};
+
+/// Kernels before 6.18 read the partition table within START, and wait for it beyond any signal.
+pub const KILLED_SCAN: Gate = Gate {
+    name: "killed-scan",
+    bug: "a server that dies while START reads the partition table: START holds the device's mutex and waits for the read, the \
+          read for the server's end, and that for the mutex",
+    fixed: "6.18, where START does not wait for the partition table",
+    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 18, 0))],
+};
+
+/// Kernels before 6.16 notice the death of a server by its idle tags alone.
+pub const FULL_QUEUE: Gate = Gate {
+    name: "full-queue",
+    bug: "a server that dies with every tag of a queue in hand: nothing is left to be cancelled, and the death is noticed when \
+          the block layer's timeout comes, 30 s later",
+    fixed: "6.16",
     kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
 };
 
+/// Recoveries that are given up halfway leave these kernels in a state that nothing gets them out of.
+pub const KILLED_RECOVERY: Gate = Gate {
+    name: "killed-recovery",
+    bug: "a server that dies after it has fetched in a recovery: 6.12 drops a reference to no task (put_task_struct(NULL)) in the \
+          next START_USER_RECOVERY; 6.16 to 7.0 keep commands marked as cancelled, and the device, DEL included, hangs for ever",
+    fixed: "7.1.13 or earlier",
+    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(7, 1, 0))],
+};
+
 /// Every gate there is.
-pub const GATES: &[&Gate] = &[&ABANDONED_START, &RECOVERY_KILLED_IN_FETCH, &KILLED_IN_FETCH, &KILLED_WITH_ALL_TAGS];
+pub const GATES: &[&Gate] =
+    &[&ABANDONED_START, &KILLED_IN_FETCH, &KILLED_START, &KILLED_SCAN, &FULL_QUEUE, &KILLED_RECOVERY];
 
 #[cfg(test)]
 mod tests {

@@ -41,7 +41,9 @@ impl Inventory {
         loop {
             let now = Self::take();
             let mut left = surplus("descriptor", &self.descriptors, &now.descriptors);
-            left.extend(surplus("thread", &self.threads, &now.threads));
+            // A thread gives itself its name, some time after it was started.
+            let new = |thread: &(&String, &String)| !self.threads.contains_key(thread.0);
+            left.extend(now.threads.iter().filter(new).map(|(id, name)| format!("thread {id}: {name}")));
             left.extend(surplus("mount", &self.mounts, &now.mounts));
             if left.is_empty() || Instant::now() > patience {
                 return left;

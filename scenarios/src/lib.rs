@@ -38,6 +38,7 @@ pub mod runner;
 mod runs;
 pub mod scenario;
 mod server;
+pub mod sigkill;
 pub mod simulated;
 pub mod soak;
 pub mod stress;

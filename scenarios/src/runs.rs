@@ -75,16 +75,16 @@ enum Cleaned {
 
 impl Cleaner for Controller {
     fn clean(&self, ids: &[u32]) -> Result<Vec<(u32, Cleaned)>, String> {
-        let mut found = orphan::list(self, orphan::GRACE).map_err(|error| format!("failed to {error}"))?;
-        found.retain(|device| ids.contains(&device.id));
-        let (dead, others): (Vec<_>, Vec<_>) = found.into_iter().partition(|one| one.class == orphan::Class::Dead);
-        let mut outcomes: Vec<_> =
-            others.iter().map(|device| (device.id, Cleaned::Left(device.to_string()))).collect();
-        for cleaned in orphan::clean(self, &dead) {
-            let gone = matches!(cleaned.outcome, orphan::Outcome::Deleted | orphan::Outcome::Deleting);
-            let told = cleaned.to_string();
-            outcomes.push((cleaned.id, if gone { Cleaned::Gone(told) } else { Cleaned::Left(told) }));
-        }
+        // A device that waits for another server waits for nobody: the record says that it was a run's own.
+        let cleaned = orphan::clean_ids(self, ids, orphan::GRACE).map_err(|error| format!("failed to {error}"))?;
+        let outcomes = cleaned
+            .into_iter()
+            .map(|cleaned| {
+                let gone = matches!(cleaned.outcome, orphan::Outcome::Deleted | orphan::Outcome::Deleting);
+                let told = cleaned.to_string();
+                (cleaned.id, if gone { Cleaned::Gone(told) } else { Cleaned::Left(told) })
+            })
+            .collect();
         Ok(outcomes)
     }
 }

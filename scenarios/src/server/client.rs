@@ -31,6 +31,9 @@ const DELETE_DEADLINE: Duration = Duration::from_millis(1200);
 /// How long to try for a lock that is held for moments only.
 const LOCK_PATIENCE: Duration = Duration::from_millis(100);
 
+/// In place of a server's process, for a device that goes through the hands of several.
+const NOBODY: u32 = 0;
+
 /// A server that runs, and the ids of its devices.
 #[derive(Clone, Debug)]
 pub(crate) struct Running {
@@ -43,6 +46,15 @@ static RUNNING: Mutex<Vec<Running>> = Mutex::new(Vec::new());
 
 fn running() -> MutexGuard<'static, Vec<Running>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Has a device deleted when all has to end at once, whoever serves it then; or no longer.
+pub(crate) fn watch_over_device(id: u32, on: bool) {
+    let mut running = running();
+    running.retain(|one| one.pid != NOBODY || !one.ids.contains(&id));
+    if on {
+        running.push(Running { pid: NOBODY, ids: vec![id] });
+    }
 }
 
 /// Every server of this process, with the devices that it has open, whether or not it has told of them. To be asked while
@@ -78,7 +90,7 @@ fn open_devices(pid: u32) -> Vec<u32> {
 /// can end. Says what could not be done, within [`KILL_DEADLINE`] and [`DELETE_DEADLINE`].
 pub(crate) fn kill_all() -> Vec<String> {
     let servers = running_now();
-    for server in &servers {
+    for server in servers.iter().filter(|server| server.pid != NOBODY) {
         // One that has ended by itself is what is wanted.
         let _ = kill(Pid::from_raw(server.pid.cast_signed()), Signal::SIGKILL);
     }

@@ -21,7 +21,7 @@ mod timed;
 mod witness;
 
 pub(crate) use child::main;
-pub(crate) use client::{Server, adopt, forget, kill_all, note_gone, note_made, running_now};
+pub(crate) use client::{Server, adopt, forget, kill_all, note_gone, note_made, running_now, watch_over_device};
 pub(crate) use hang::{Hang, never_returns};
 pub(crate) use lies::Lie;
 pub(crate) use protocol::{Served, Status};

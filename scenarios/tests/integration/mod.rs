@@ -22,6 +22,7 @@ mod recovery;
 pub(crate) mod runner;
 mod scenarios;
 pub(crate) mod server;
+mod sigkill;
 mod sizes;
 mod start;
 mod stress;
@@ -47,6 +48,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         fault::cases(),
         suite::cases(),
         stress::cases(),
+        sigkill::cases(),
         torture::cases(),
         hangs::cases(),
         kernel_log::cases(),

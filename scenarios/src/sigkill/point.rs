@@ -1,0 +1,142 @@
+//! Where in its life a server is killed.
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use super::mode::Mode;
+use crate::gates::{self, Gate};
+
+/// A point in the life of a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Point {
+    /// After ADD: there is an id and nothing else
+    Added,
+    /// One queue has fetched its tags, another has not
+    MidFetch,
+    /// Every tag is fetched, START was not sent
+    Fetched,
+    /// While START is at it; at a drawn time
+    Starting,
+    /// START is done, its server has not looked for the node yet
+    Started,
+    /// The kernel reads the partition table, and the server has those reads in hand
+    Scanning,
+    /// Nothing is in flight
+    Idle,
+    /// Under load, at a drawn time
+    Working,
+    /// The server has every tag in hand
+    AllTags,
+    /// The storage has the write, the driver was not told
+    Uncommitted,
+    /// The server has a flush in hand
+    Flushing,
+    /// STOP writes dirty pages back, and the server has those writes in hand
+    Stopping,
+    /// DEL waits for somebody who has the device open
+    Deleting,
+    /// The next server dies too while it takes over, at a drawn phase
+    Recovering,
+    /// The next server dies too as soon as it serves
+    Twice,
+    /// A queue's thread ends, and the process lives on
+    QueueThread,
+    /// Under load, and nobody takes over: the device is deleted with everything that waits
+    Abandoned,
+}
+
+impl Point {
+    pub(super) const ALL: [Self; 17] = [
+        Self::Added,
+        Self::MidFetch,
+        Self::Fetched,
+        Self::Starting,
+        Self::Started,
+        Self::Scanning,
+        Self::Idle,
+        Self::Working,
+        Self::AllTags,
+        Self::Uncommitted,
+        Self::Flushing,
+        Self::Stopping,
+        Self::Deleting,
+        Self::Recovering,
+        Self::Twice,
+        Self::QueueThread,
+        Self::Abandoned,
+    ];
+
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Self::Added => "added",
+            Self::MidFetch => "mid-fetch",
+            Self::Fetched => "fetched",
+            Self::Starting => "starting",
+            Self::Started => "started",
+            Self::Scanning => "scanning",
+            Self::Idle => "idle",
+            Self::Working => "working",
+            Self::AllTags => "all-tags",
+            Self::Uncommitted => "uncommitted",
+            Self::Flushing => "flushing",
+            Self::Stopping => "stopping",
+            Self::Deleting => "deleting",
+            Self::Recovering => "recovering",
+            Self::Twice => "twice",
+            Self::QueueThread => "queue-thread",
+            Self::Abandoned => "abandoned",
+        }
+    }
+
+    /// The bug of some kernels that does not let this be done.
+    pub(super) const fn gate(self) -> Option<&'static Gate> {
+        match self {
+            Self::MidFetch | Self::Fetched => Some(&gates::ABANDONED_START),
+            Self::Starting => Some(&gates::KILLED_START),
+            Self::Scanning => Some(&gates::KILLED_SCAN),
+            Self::AllTags => Some(&gates::FULL_QUEUE),
+            _ => None,
+        }
+    }
+}
+
+/// How far the next server comes that is killed while it takes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Reached {
+    Added,
+    Configured,
+    MidFetch,
+    Fetched,
+}
+
+impl Reached {
+    pub(super) const ALL: [Self; 4] = [Self::Added, Self::Configured, Self::MidFetch, Self::Fetched];
+
+    /// The bug of some kernels that does not let this be done. Where nothing is recovered, a new device is begun.
+    pub(super) const fn gate(self, mode: Mode) -> Option<&'static Gate> {
+        match self {
+            Self::Added | Self::Configured => None,
+            Self::MidFetch | Self::Fetched if !mode.recovers() => Some(&gates::ABANDONED_START),
+            Self::MidFetch | Self::Fetched => Some(&gates::KILLED_RECOVERY),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_of_the_command_line() {
+        for point in Point::ALL {
+            let value = point.to_possible_value().expect("a value");
+            assert_eq!(value.get_name(), point.name());
+        }
+        assert_eq!(Point::value_variants().len(), Point::ALL.len());
+        for mode in Mode::ALL {
+            assert_eq!(mode.to_possible_value().expect("a value").get_name(), mode.name());
+        }
+    }
+}

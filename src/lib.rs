@@ -89,6 +89,8 @@ pub mod holders;
 pub mod orphan;
 mod params;
 mod queue;
+#[cfg(feature = "raw")]
+pub mod raw;
 mod request;
 mod ring;
 mod signals;

@@ -29,7 +29,7 @@ pub use crate::ring::raw::{Address, BatchCommand, Completion, Descriptors, IoCha
 use crate::ctrl::{Controller, explain_ring};
 use crate::error::{Error, Result};
 use crate::ring::command::{CommandRing, Memory, Outcome};
-use crate::sys::ublk::CtrlCmd;
+use crate::sys::ublk::{CtrlCmd, DevInfo, Params, Plain};
 
 /// What the address and the length of a control command name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -137,5 +137,33 @@ impl Controller {
             Outcome::CalledOff(result) => RawOutcome::Cancelled(result),
             Outcome::Stuck => RawOutcome::Stuck,
         })
+    }
+}
+
+impl DevInfo {
+    /// The bytes, as a payload.
+    #[must_use]
+    pub fn to_bytes(self) -> Vec<u8> {
+        self.to_boxed_bytes().into_vec()
+    }
+
+    /// From the beginning of a payload; what is missing is 0.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self::from_byte_prefix(bytes)
+    }
+}
+
+impl Params {
+    /// The bytes, as a payload.
+    #[must_use]
+    pub fn to_bytes(self) -> Vec<u8> {
+        self.to_boxed_bytes().into_vec()
+    }
+
+    /// From the beginning of a payload; what is missing is 0.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        Self::from_byte_prefix(bytes)
     }
 }

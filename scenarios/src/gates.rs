@@ -61,8 +61,35 @@ pub const ABANDONED_START: Gate = Gate {
     kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
 };
 
+/// 6.16 to 7.0 die in UPDATE_SIZE of a device that has no disk.
+pub const UPDATE_SIZE_UNSTARTED: Gate = Gate {
+    name: "update-size-unstarted",
+    bug: "UPDATE_SIZE of a device that is not started: a null pointer is followed",
+    fixed: "7.1.13 or earlier; 6.12 has no such command",
+    kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
+};
+
+/// A device that was stopped can be started again while its server still has it open, with commands that the driver has given
+/// back: 6.12.117 waits for ever in the partition scan, with the driver's mutex.
+pub const START_AFTER_STOP: Gate = Gate {
+    name: "start-after-stop",
+    bug: "START of a stopped device whose server still has it open is accepted, and its I/O goes to commands that have been \
+          given back",
+    fixed: "nowhere yet: 7.3-rc7 accepts it too",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(u32::MAX, 0, 0))],
+};
+
+/// 6.12 starts a device whose server has died.
+pub const START_AFTER_DEATH: Gate = Gate {
+    name: "start-after-death",
+    bug: "START of a device whose server died, and END_USER_RECOVERY before START_USER_RECOVERY, are accepted with nobody there \
+          to serve it, and its I/O goes to commands that have been given back",
+    fixed: "6.18.15 or earlier",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(6, 16, 0))],
+};
+
 /// Every gate there is.
-pub const GATES: &[&Gate] = &[&ABANDONED_START];
+pub const GATES: &[&Gate] = &[&ABANDONED_START, &UPDATE_SIZE_UNSTARTED, &START_AFTER_STOP, &START_AFTER_DEATH];
 
 #[cfg(test)]
 mod tests {

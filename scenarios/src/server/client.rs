@@ -38,6 +38,16 @@ fn running() -> MutexGuard<'static, Vec<Running>> {
     RUNNING.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Has [`kill_all`] kill process `pid` and delete device `id` too.
+pub(crate) fn adopt(pid: u32, id: Option<u32>) {
+    running().push(Running { pid, ids: id.into_iter().collect() });
+}
+
+/// Process `pid` has ended, and what it held is gone.
+pub(crate) fn disown(pid: u32) {
+    running().retain(|server| server.pid != pid);
+}
+
 /// Kills every server and deletes its devices, because something hangs: what this process waits for then fails, and it
 /// can end.
 pub(crate) fn kill_all() {

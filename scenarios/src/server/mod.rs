@@ -16,7 +16,7 @@ mod timed;
 mod witness;
 
 pub(crate) use child::main;
-pub(crate) use client::{Server, kill_all};
+pub(crate) use client::{Server, adopt, disown, kill_all};
 pub(crate) use protocol::{Served, Status};
 pub(crate) use witness::Testimony;
 

@@ -79,17 +79,40 @@ pub const START_AFTER_STOP: Gate = Gate {
     kernels: &[(KernelVersion(0, 0, 0), KernelVersion(u32::MAX, 0, 0))],
 };
 
-/// 6.12 starts a device whose server has died.
+/// 6.12 and 6.18 start a device whose server has died.
 pub const START_AFTER_DEATH: Gate = Gate {
     name: "start-after-death",
-    bug: "START of a device whose server died, and END_USER_RECOVERY before START_USER_RECOVERY, are accepted with nobody there \
-          to serve it, and its I/O goes to commands that have been given back",
+    bug: "START of a device whose server died is accepted with nobody there to serve it",
+    fixed: "7.2.12 or earlier",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(7, 1, 0))],
+};
+
+/// 6.12 ends a recovery that was not begun.
+pub const UNBEGUN_RECOVERY: Gate = Gate {
+    name: "unbegun-recovery",
+    bug: "END_USER_RECOVERY before START_USER_RECOVERY is accepted with nobody there to serve the device",
+    fixed: "6.18.15 or earlier",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(6, 16, 0))],
+};
+
+/// On 6.12 a server that dies with a queue fetched in part does not end until its device is stopped.
+pub const PARTLY_FETCHED_DEATH: Gate = Gate {
+    name: "partly-fetched-death",
+    bug: "a server that dies with a queue fetched in part leaves its commands where only STOP finds them; of a device that is \
+          being deleted the id is never free again",
     fixed: "6.18.15 or earlier",
     kernels: &[(KernelVersion(0, 0, 0), KernelVersion(6, 16, 0))],
 };
 
 /// Every gate there is.
-pub const GATES: &[&Gate] = &[&ABANDONED_START, &UPDATE_SIZE_UNSTARTED, &START_AFTER_STOP, &START_AFTER_DEATH];
+pub const GATES: &[&Gate] = &[
+    &ABANDONED_START,
+    &UPDATE_SIZE_UNSTARTED,
+    &START_AFTER_STOP,
+    &START_AFTER_DEATH,
+    &UNBEGUN_RECOVERY,
+    &PARTLY_FETCHED_DEATH,
+];
 
 #[cfg(test)]
 mod tests {

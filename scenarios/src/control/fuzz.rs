@@ -3,6 +3,8 @@
 //! The model is the table itself: it says what each command gives in the state that the walk has reached, and that most of
 //! them change nothing. What only shows after a history of refused commands, recoveries and restarts shows here.
 
+use std::time::{Duration, Instant};
+
 use nix::errno::Errno;
 use ublkit::raw::RawCommand;
 use ublkit::sys::ublk;
@@ -17,6 +19,8 @@ use super::state::State;
 use crate::gates::{ABANDONED_START, KernelVersion};
 use crate::scenario::Failure;
 
+/// How long an id may be taken after its device is gone.
+const REUSE_DEADLINE: Duration = Duration::from_secs(20);
 /// Steps of one walk at most; most end before.
 const WALK: usize = 120;
 /// How many shorter scripts are tried for one that fails.
@@ -258,7 +262,15 @@ impl Lab {
         self.undo(rig)?;
         if id != lab::ABSENT_ID {
             let again = lab::add(id, self.features_for(State::Live));
-            let (result, _) = self.send(None, &lab::add_command(again))?;
+            // The driver stops describing a device before it lets go of the id.
+            let until = Instant::now() + REUSE_DEADLINE;
+            let result = loop {
+                let (result, _) = self.send(None, &lab::add_command(again))?;
+                if result != -(Errno::EEXIST as i32) || Instant::now() > until {
+                    break result;
+                }
+                std::thread::sleep(Duration::from_millis(5));
+            };
             if result != 0 {
                 return Ok(Some(format!(
                     "the id of a device that was {was} cannot be used again: {}",

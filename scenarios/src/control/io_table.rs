@@ -8,6 +8,7 @@ use super::lab::Rig;
 use super::protocol::{Addr, DEPTH, Io};
 use super::state::State::{self, Deleting, Held, Live, Opened, Partly, Ready, Recovering, Stopped, StoppedOpen};
 use super::table::V6_16;
+use crate::gates::PARTLY_FETCHED_DEATH;
 
 const ALL: &[State] = SERVED;
 /// Nothing was fetched.
@@ -45,20 +46,24 @@ fn fetches() -> Vec<Probe> {
         ]
     };
     vec![
-        io("FETCH_REQ", "first tag", false, move |_| about(fetch, 0, 0)).gives([
-            ok(UNFETCHED),
-            err(&[Partly], Errno::EBUSY).before(V6_16),
-            err(&[Partly], Errno::EINVAL),
-            err(ALL, Errno::EBUSY),
-        ]),
+        io("FETCH_REQ", "first tag", false, move |_| about(fetch, 0, 0))
+            .gives([
+                ok(UNFETCHED),
+                err(&[Partly], Errno::EBUSY).before(V6_16),
+                err(&[Partly], Errno::EINVAL),
+                err(ALL, Errno::EBUSY),
+            ])
+            .gated(&PARTLY_FETCHED_DEATH, &[Deleting]),
         io("FETCH_REQ", "second tag", false, move |_| about(fetch, 0, 1))
             .gives([ok(&[Opened, Partly, Deleting]), err(ALL, Errno::EBUSY)]),
-        io("FETCH_REQ", "second tag, another thread", true, move |_| about(fetch, 0, 1)).gives([
-            ok(&[Opened, Partly, Deleting]),
-            // The queue is the thread's that fetched its last tag.
-            err(ALL, Errno::EINVAL).before(V6_16),
-            err(ALL, Errno::EBUSY),
-        ]),
+        io("FETCH_REQ", "second tag, another thread", true, move |_| about(fetch, 0, 1))
+            .gives([
+                ok(&[Opened, Partly, Deleting]),
+                // The queue is the thread's that fetched its last tag.
+                err(ALL, Errno::EINVAL).before(V6_16),
+                err(ALL, Errno::EBUSY),
+            ])
+            .gated(&PARTLY_FETCHED_DEATH, &[Deleting]),
         io("FETCH_REQ", "no such queue", false, move |_| about(fetch, 1, 0)).gives([err(ALL, Errno::EINVAL)]),
         io("FETCH_REQ", "queue 65535", false, move |_| about(fetch, u16::MAX, 0)).gives([err(ALL, Errno::EINVAL)]),
         io("FETCH_REQ", "no such tag", false, move |_| about(fetch, 0, DEPTH)).gives([err(ALL, Errno::EINVAL)]),
@@ -119,10 +124,12 @@ fn others() -> Vec<Probe> {
             .gives(owned_then_invalid()),
         io("REGISTER_IO_BUF", "without zero copy", false, buffer(ublk::IO_REGISTER_IO_BUF))
             .gives(owned_then_invalid()),
-        io("UNREGISTER_IO_BUF", "without zero copy", false, buffer(ublk::IO_UNREGISTER_IO_BUF)).gives([
-            err(&[Partly, Ready, Live, StoppedOpen, Stopped, Recovering], Errno::EBUSY).before(V6_16),
-            err(ALL, Errno::EINVAL),
-        ]),
+        io("UNREGISTER_IO_BUF", "without zero copy", false, buffer(ublk::IO_UNREGISTER_IO_BUF))
+            .gives([
+                err(&[Partly, Ready, Live, StoppedOpen, Stopped, Recovering], Errno::EBUSY).before(V6_16),
+                err(ALL, Errno::EINVAL),
+            ])
+            .gated(&PARTLY_FETCHED_DEATH, &[Deleting]),
         io("PREP_IO_CMDS", "without batches", false, batch(ublk::IO_PREP_IO_CMDS)).gives(owned_then_invalid()),
         io("COMMIT_IO_CMDS", "without batches", false, batch(ublk::IO_COMMIT_IO_CMDS)).gives(owned_then_invalid()),
         io("FETCH_IO_CMDS", "without batches", false, batch(ublk::IO_FETCH_IO_CMDS)).gives(owned_then_invalid()),

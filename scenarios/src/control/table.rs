@@ -11,11 +11,11 @@ use super::state::State::{
     self, Absent, Added, Configured, Dead, Deleted, Deleting, FailIo, Held, Live, LiveRecoverable, Opened, Partly,
     Quiesced, Ready, Recovering, Stopped, StoppedOpen,
 };
-use crate::gates::{KernelVersion, START_AFTER_DEATH, START_AFTER_STOP, UPDATE_SIZE_UNSTARTED};
+use crate::gates::{KernelVersion, START_AFTER_DEATH, START_AFTER_STOP, UNBEGUN_RECOVERY, UPDATE_SIZE_UNSTARTED};
 
 pub(super) const V6_16: KernelVersion = KernelVersion(6, 16, 0);
-pub(super) const V7_0: KernelVersion = KernelVersion(7, 0, 0);
 pub(super) const V7_1: KernelVersion = KernelVersion(7, 1, 0);
+pub(super) const V7_0: KernelVersion = KernelVersion(7, 0, 0);
 
 const ALL: &[State] = State::ALL;
 const GONE: &[State] = &[Absent, Deleted];
@@ -181,6 +181,8 @@ fn lifecycle() -> Vec<Probe> {
                 err(&[Live, LiveRecoverable, Held, StoppedOpen, Recovering], Errno::EEXIST),
                 ok(&[Ready]),
                 err(&[Quiesced], Errno::EEXIST).before(V6_16),
+                // Once all tags were fetched, that counts until the server's end is dealt with for good.
+                err(&[Dead, Quiesced, FailIo], Errno::EINVAL).before(V7_1),
                 waits(ALL),
             ])
             .gated(&START_AFTER_STOP, &[Stopped])
@@ -193,6 +195,7 @@ fn lifecycle() -> Vec<Probe> {
                 gone(),
                 err(&[Added], Errno::EINVAL),
                 err(&[Quiesced], Errno::EEXIST).before(V6_16),
+                err(&[Dead, Quiesced, FailIo], Errno::EINVAL).before(V7_1),
                 waits(&[Configured, Opened, Partly, Dead, Quiesced, FailIo, Deleting]),
                 ok(&[Ready]).before(V6_16),
                 err(&[Live, LiveRecoverable, Held, StoppedOpen, Recovering], Errno::EEXIST).before(V6_16),
@@ -243,25 +246,24 @@ fn recovery() -> Vec<Probe> {
             .gives([
                 gone(),
                 ok(&[Recovering]),
+                err(&[Dead, Quiesced, FailIo], Errno::EINVAL).before(V7_1),
                 rule(UNFETCHED, Expected::Waits),
                 err(&[LiveRecoverable], Errno::EBUSY),
-                // A queue whose server died counts as fetched before 6.16.
-                err(&[Dead], Errno::EINVAL).before(V6_16),
                 rule(&[Dead], Expected::Waits),
                 err(ALL, Errno::EINVAL),
             ])
-            .gated(&START_AFTER_DEATH, &[Quiesced]),
+            .gated(&UNBEGUN_RECOVERY, &[Quiesced]),
         control("END_USER_RECOVERY", "pid 0", end, data(0))
             .gives([
                 gone(),
+                err(&[Dead, Quiesced, FailIo], Errno::EINVAL).before(V7_1),
                 rule(UNFETCHED, Expected::Waits),
                 err(&[LiveRecoverable], Errno::EBUSY).before(V6_16),
                 ok(&[Recovering]).before(V6_16),
-                err(&[Dead], Errno::EINVAL).before(V6_16),
                 rule(&[Dead], Expected::Waits),
                 err(ALL, Errno::EINVAL),
             ])
-            .gated(&START_AFTER_DEATH, &[Quiesced]),
+            .gated(&UNBEGUN_RECOVERY, &[Quiesced]),
         control("QUIESCE_DEV", "", ublk::CMD_QUIESCE_DEV, data(1000)).gives([
             gone(),
             err(ALL, Errno::EOPNOTSUPP).before(V6_16),
@@ -285,7 +287,6 @@ fn extras() -> Vec<Probe> {
 }
 
 fn unknown() -> Vec<Probe> {
-    let _ = V7_1;
     let numbered = |variant, operation| {
         control("unknown", variant, operation, room(64)).gives([gone(), err(ALL, Errno::EOPNOTSUPP)])
     };
@@ -297,4 +298,38 @@ fn unknown() -> Vec<Probe> {
         numbered("0x7f, bare", 0x7f),
         control("unknown", "another driver's type", 0x8020_7602, room(64)).gives([err(ALL, Errno::EOPNOTSUPP)]),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::gates::KernelVersion;
+
+    /// On every kernel that there is a table for, each cell has an outcome, and no rule is there for nothing.
+    #[test]
+    fn the_table_has_no_holes_and_nothing_idle() {
+        let kernels =
+            [KernelVersion(6, 12, 117), KernelVersion(6, 18, 15), KernelVersion(7, 2, 12), KernelVersion(7, 3, 0)];
+        for probe in super::super::probes() {
+            let mut used = vec![false; probe.rules.len()];
+            for kernel in kernels {
+                for &state in probe.states {
+                    let rule = probe.rules.iter().position(|rule| rule.fits(state, kernel));
+                    let rule = rule.unwrap_or_else(|| panic!("{} when {state} on {kernel}", probe.name()));
+                    used[rule] = true;
+                }
+            }
+            assert!(used.iter().all(|used| *used), "{}: {used:?}", probe.name());
+        }
+    }
+
+    #[test]
+    fn names_tell_commands_apart() {
+        let mut names: Vec<_> = super::super::probes().iter().map(Probe::name).collect();
+        let all = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), all);
+        assert!(names.iter().all(|name| !name.contains(';')));
+    }
 }

@@ -3,6 +3,7 @@
 mod capabilities;
 mod client;
 mod close;
+mod commands;
 mod control;
 mod disk;
 mod errnos;
@@ -32,6 +33,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         close::cases(),
         start::cases(),
         control::cases(),
+        commands::cases(),
         orphans::cases(),
         scenarios::cases(),
         torture::cases(),

@@ -75,7 +75,7 @@ pub const START_AFTER_STOP: Gate = Gate {
     name: "start-after-stop",
     bug: "START of a stopped device whose server still has it open is accepted, and its I/O goes to commands that have been \
           given back",
-    fixed: "nowhere yet: 7.3-rc7 accepts it too",
+    fixed: "not known: 7.2.12 accepts it, later kernels were not tried",
     kernels: &[(KernelVersion(0, 0, 0), KernelVersion(u32::MAX, 0, 0))],
 };
 

@@ -156,7 +156,13 @@ impl Lab {
         let mut rig = None;
         for (probe, expected) in cells {
             let mut current = match rig.take() {
-                Some(rig) => rig,
+                Some(mut shared) => {
+                    // Commands that change something come last, and only this device has had all the others.
+                    if !probe.is_harmless(expected) {
+                        found.wrong.extend(self.unchanged(&mut shared)?);
+                    }
+                    shared
+                }
                 None => self.build(state)?,
             };
             let outcome = self.probe(&mut current, probe, expected);

@@ -185,10 +185,15 @@ impl Lab {
 
     /// Whether a command changes nothing in this state, and does not wait.
     fn usable(&self, probe: &Probe, rig: &Rig) -> bool {
-        // Rules tell devices with recovery from others by their state; before START they all look the same.
-        let early = matches!(
+        // Rules tell devices with recovery from others by their state, and many states look the same with and without.
+        let early = !matches!(
             rig.state,
-            State::Added | State::Configured | State::Opened | State::Partly | State::Ready | State::Stopped
+            State::LiveRecoverable
+                | State::Quiesced
+                | State::Recovering
+                | State::FailIo
+                | State::Absent
+                | State::Deleted
         );
         let tells = matches!(probe.command, "START_USER_RECOVERY" | "END_USER_RECOVERY" | "QUIESCE_DEV");
         if early && tells && rig.features.contains(ublk::Features::USER_RECOVERY) {

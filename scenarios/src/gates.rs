@@ -61,7 +61,7 @@ pub const ABANDONED_START: Gate = Gate {
     kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
 };
 
-/// 6.16 to 7.0 die in UPDATE_SIZE of a device that has no disk.
+/// 6.16 to 7.0 die in `UPDATE_SIZE` of a device that has no disk.
 pub const UPDATE_SIZE_UNSTARTED: Gate = Gate {
     name: "update-size-unstarted",
     bug: "UPDATE_SIZE of a device that is not started: a null pointer is followed",

@@ -218,7 +218,7 @@ impl Lab {
         Ok(None)
     }
 
-    /// The state as GET_DEV_INFO tells it.
+    /// The state as the driver tells it.
     pub(super) fn told(&mut self, rig: &Rig) -> Result<Option<ublkit::ctrl::State>, Failure> {
         use ublkit::ctrl::State as Told;
         use ublkit::raw::Payload;

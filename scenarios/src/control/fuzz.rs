@@ -253,7 +253,7 @@ impl Lab {
             return Ok((reply != right).then(|| format!("{operation:#x} of queue {queue}, tag {tag}: {reply:?}")));
         }
         // Directions and sizes are of no importance; the numbers from 0x30 on are nobody's.
-        let operation = mid << 16 | 0x7530 + low % 0xd0;
+        let operation = (mid << 16) | (0x7530 + low % 0xd0);
         let command = RawCommand { data: bits, ..lab::command(operation, rig.id) };
         let (result, _) = self.send(Some(rig), &command)?;
         let right = if rig.state.told().is_some() { Errno::EOPNOTSUPP } else { Errno::ENODEV };

@@ -23,7 +23,7 @@ fn held(rig: &Rig) -> u16 {
 
 /// A tag that is the driver's.
 fn idle(rig: &Rig) -> u16 {
-    if held(rig) == 0 { 1 } else { 0 }
+    u16::from(held(rig) == 0)
 }
 
 /// Every I/O command.

@@ -267,6 +267,7 @@ impl Lab {
     }
 
     /// Takes a device one step on.
+    #[expect(clippy::too_many_lines, reason = "one short arm for each step")]
     pub(super) fn advance(&mut self, rig: &mut Rig, step: Step) -> Result<(), Failure> {
         rig.state = match step {
             Step::Add => {
@@ -288,11 +289,11 @@ impl Lab {
                 State::Opened
             }
             Step::FetchOne => {
-                self.fetch(rig, 0)?;
+                Self::fetch(rig, 0)?;
                 State::Partly
             }
             Step::FetchRest => {
-                self.fetch(rig, 1)?;
+                Self::fetch(rig, 1)?;
                 State::Ready
             }
             Step::Start => {
@@ -369,8 +370,8 @@ impl Lab {
                 let opened = self.open(&mut server, rig.id);
                 rig.server = Some(server);
                 opened?;
-                self.fetch(rig, 0)?;
-                self.fetch(rig, 1)?;
+                Self::fetch(rig, 0)?;
+                Self::fetch(rig, 1)?;
                 State::Recovering
             }
             Step::EndRecovery => {
@@ -419,7 +420,7 @@ impl Lab {
         self.until("the character device is free again", |_| Ok(OpenOptions::new().read(true).open(&path).is_ok()))
     }
 
-    fn fetch(&mut self, rig: &mut Rig, tag: u16) -> Result<(), Failure> {
+    fn fetch(rig: &mut Rig, tag: u16) -> Result<(), Failure> {
         let call = Call::Io { io: fetch(tag), patience_ms: 0, elsewhere: false };
         match rig.server()?.call(&call)? {
             Reply::Pending => Ok(()),

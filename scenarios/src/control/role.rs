@@ -55,7 +55,7 @@ pub(crate) fn main() -> u8 {
     let mut holder = Holder::default();
     for line in io::stdin().lock().lines().map_while(Result::ok) {
         let Ok(call) = serde_json::from_str::<Call>(&line) else { return 70 };
-        let reply = holder.answer(call).unwrap_or_else(|error| Reply::Result(-errno(&error)));
+        let reply = holder.answer(&call).unwrap_or_else(|error| Reply::Result(-errno(&error)));
         let mut out = io::stdout().lock();
         if serde_json::to_writer(&mut out, &reply).is_err() || out.write_all(b"\n").is_err() || out.flush().is_err() {
             break;
@@ -70,8 +70,8 @@ fn errno(error: &io::Error) -> i32 {
 }
 
 impl Holder {
-    fn answer(&mut self, call: Call) -> io::Result<Reply> {
-        match call {
+    fn answer(&mut self, call: &Call) -> io::Result<Reply> {
+        match *call {
             Call::Open(id) => {
                 let file = OpenOptions::new().read(true).write(true).open(character_path(id))?;
                 let file = Arc::new(file);

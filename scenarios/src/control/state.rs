@@ -69,7 +69,7 @@ impl State {
         self != Self::FailIo || kernel >= KernelVersion(6, 16, 0)
     }
 
-    /// What GET_DEV_INFO says of it; `None` where there is no device.
+    /// What the driver says of it; `None` where there is no device.
     pub(super) fn told(self) -> Option<ublkit::ctrl::State> {
         use ublkit::ctrl::State as Told;
         match self {

@@ -28,6 +28,7 @@ const fn gone() -> Rule {
 }
 
 /// The path of the character device, and what follows it.
+#[expect(clippy::needless_pass_by_value, reason = "as every shape of a command")]
 fn with_path(path: &str, room: usize, command: RawCommand) -> RawCommand {
     let mut bytes = path.as_bytes().to_vec();
     bytes.push(0);

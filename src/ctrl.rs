@@ -480,6 +480,12 @@ impl Controller {
         Ok(cpus)
     }
 
+    /// The control device itself.
+    #[cfg(feature = "raw")]
+    pub(crate) fn control(&self) -> &File {
+        &self.control
+    }
+
     fn simple(&self, verb: &str, operation: u32, id: u32, deadline: Duration) -> Result<()> {
         self.run_bounded(verb, operation, device_command(id), Box::default(), deadline, &|| false).map(drop)
     }

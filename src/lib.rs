@@ -93,6 +93,8 @@ mod launch;
 pub mod orphan;
 mod params;
 mod queue;
+#[cfg(feature = "raw")]
+pub mod raw;
 mod recovery;
 mod request;
 mod ring;

@@ -2,15 +2,18 @@
 //!
 //! Entries are written straight into their slots in the shared ring, completions are read straight out of theirs, and the
 //! shared indices are touched once per enter, however many entries and completions lie between two of them. What the
-//! kernel may do with memory is decided in the three modules below, each of which owns the memory that its commands
+//! kernel may do with memory is decided in the modules below, each of which owns the memory that its commands
 //! name:
 //!
 //! * [`tags`]: the tags of one ublk queue and their buffers;
 //! * [`command`]: control commands and their payloads;
-//! * [`client`]: reads and writes on a block device or file, from the other side.
+//! * [`client`]: reads and writes on a block device or file, from the other side;
+//! * `raw`: any I/O command, malformed ones too.
 
 pub(crate) mod client;
 pub(crate) mod command;
+#[cfg(feature = "raw")]
+pub(crate) mod raw;
 pub(crate) mod tags;
 
 use std::io;

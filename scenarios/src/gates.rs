@@ -61,15 +61,6 @@ pub const ABANDONED_START: Gate = Gate {
     kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
 };
 
-/// A server that dies with a queue fetched in part never ends on 6.12.
-pub const KILLED_IN_FETCH: Gate = Gate {
-    name: "killed-in-fetch",
-    bug: "a server killed with a queue fetched in part hangs in its exit (cancel_fn warns and does nothing); with some of \
-          several queues ready the next START_USER_RECOVERY puts a task that is NULL",
-    fixed: "6.16 or earlier",
-    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
-};
-
 /// Kernels before 7.2 let START go on with commands that were cancelled when its server died.
 pub const KILLED_START: Gate = Gate {
     name: "killed-start",
@@ -106,9 +97,62 @@ pub const KILLED_RECOVERY: Gate = Gate {
     kernels: &[(KernelVersion(6, 0, 0), KernelVersion(7, 1, 0))],
 };
 
+/// 6.16 to 7.0 die in `UPDATE_SIZE` of a device that has no disk.
+pub const UPDATE_SIZE_UNSTARTED: Gate = Gate {
+    name: "update-size-unstarted",
+    bug: "UPDATE_SIZE of a device that is not started: a null pointer is followed",
+    fixed: "7.1.13 or earlier; 6.12 has no such command",
+    kernels: &[(KernelVersion(6, 16, 0), KernelVersion(7, 1, 0))],
+};
+
+/// A device that was stopped can be started again while its server still has it open, with commands that the driver has given
+/// back: 6.12.117 waits for ever in the partition scan, with the driver's mutex.
+pub const START_AFTER_STOP: Gate = Gate {
+    name: "start-after-stop",
+    bug: "START of a stopped device whose server still has it open is accepted, and its I/O goes to commands that have been \
+          given back",
+    fixed: "not known: 7.2.12 accepts it, later kernels were not tried",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(u32::MAX, 0, 0))],
+};
+
+/// 6.12 and 6.18 start a device whose server has died.
+pub const START_AFTER_DEATH: Gate = Gate {
+    name: "start-after-death",
+    bug: "START of a device whose server died is accepted with nobody there to serve it",
+    fixed: "7.2.12 or earlier",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(7, 1, 0))],
+};
+
+/// 6.12 ends a recovery that was not begun.
+pub const UNBEGUN_RECOVERY: Gate = Gate {
+    name: "unbegun-recovery",
+    bug: "END_USER_RECOVERY before START_USER_RECOVERY is accepted with nobody there to serve the device",
+    fixed: "6.18.15 or earlier",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(6, 16, 0))],
+};
+
+/// On 6.12 a server that dies with a queue fetched in part does not end until its device is stopped.
+pub const PARTLY_FETCHED_DEATH: Gate = Gate {
+    name: "partly-fetched-death",
+    bug: "a server that dies with a queue fetched in part leaves its commands where only STOP finds them; of a device that is \
+          being deleted the id is never free again",
+    fixed: "6.18.15 or earlier",
+    kernels: &[(KernelVersion(0, 0, 0), KernelVersion(6, 16, 0))],
+};
+
 /// Every gate there is.
-pub const GATES: &[&Gate] =
-    &[&ABANDONED_START, &KILLED_IN_FETCH, &KILLED_START, &KILLED_SCAN, &FULL_QUEUE, &KILLED_RECOVERY];
+pub const GATES: &[&Gate] = &[
+    &ABANDONED_START,
+    &KILLED_START,
+    &KILLED_SCAN,
+    &FULL_QUEUE,
+    &KILLED_RECOVERY,
+    &UPDATE_SIZE_UNSTARTED,
+    &START_AFTER_STOP,
+    &START_AFTER_DEATH,
+    &UNBEGUN_RECOVERY,
+    &PARTLY_FETCHED_DEATH,
+];
 
 #[cfg(test)]
 mod tests {

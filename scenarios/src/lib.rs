@@ -16,6 +16,7 @@ mod backtrace;
 pub mod cli;
 mod clock;
 pub mod context;
+pub mod control;
 mod dump;
 pub mod environment;
 pub mod external;

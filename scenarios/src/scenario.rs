@@ -127,6 +127,7 @@ pub const SCENARIOS: &[Entry] = &[
     .short(&[&["--size", "64M", "--rounds", "2", "--writeback-age", "1s", "--workers-backend", "2"]])
     .plants(crate::flush_trace::PLANTS),
     crate::sigkill::ENTRY,
+    crate::control::ENTRY,
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::suite::Args>(
         "suite",

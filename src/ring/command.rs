@@ -34,9 +34,35 @@ pub(crate) struct CommandRing {
     ring: Ring,
 }
 
+/// The memory of a command.
+#[derive(Debug)]
+pub(crate) enum Memory {
+    /// Bytes to read and write, at least as many as the command's length says; the address 0 if there are none.
+    Payload(Box<[u8]>),
+    /// An address at which nothing can be read or written.
+    #[cfg(feature = "raw")]
+    Inaccessible,
+}
+
 impl CommandRing {
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self { ring: Ring::new(4, Kind::Commands)? })
+    }
+
+    /// A ring whose entries have no room for a whole control command, which the driver has to notice. It belongs to the
+    /// calling thread.
+    #[cfg(feature = "raw")]
+    pub(crate) fn narrow() -> io::Result<Self> {
+        Ok(Self { ring: Ring::new(4, Kind::ThisThread)? })
+    }
+
+    /// Writes an entry, as much of it as the ring has room for.
+    ///
+    /// # Safety
+    /// As [`Ring::push`], apart from the ring's kind.
+    unsafe fn push(&mut self, entry: &Sqe, rest: [u64; 8]) {
+        // SAFETY: the caller's promise; the kind is looked at.
+        unsafe { if self.ring.wide { self.ring.push_wide(entry, rest) } else { self.ring.push(entry) } }
     }
 
     /// Runs one command and hands the ring back if it can be used again.
@@ -46,17 +72,40 @@ impl CommandRing {
     /// # Errors
     /// The ring itself failed; the command may or may not have been carried out.
     pub(crate) fn run(
+        self,
+        control: &File,
+        operation: u32,
+        command: CtrlCmd,
+        payload: Box<[u8]>,
+        deadline: Instant,
+        called_off: &dyn Fn() -> bool,
+    ) -> io::Result<(Outcome, Option<Self>)> {
+        let len = payload.len() as u16;
+        let command = CtrlCmd { len, ..command };
+        self.run_with(control, operation, command, Memory::Payload(payload), deadline, called_off)
+    }
+
+    /// As [`run`](Self::run), of a command whose length is given, with memory of any kind.
+    pub(crate) fn run_with(
         mut self,
         control: &File,
         operation: u32,
         mut command: CtrlCmd,
-        mut payload: Box<[u8]>,
+        memory: Memory,
         deadline: Instant,
         called_off: &dyn Fn() -> bool,
     ) -> io::Result<(Outcome, Option<Self>)> {
+        let mut payload = match memory {
+            Memory::Payload(payload) => payload,
+            #[cfg(feature = "raw")]
+            Memory::Inaccessible => {
+                command.addr = super::raw::inaccessible()?;
+                Box::default()
+            }
+        };
         if !payload.is_empty() {
+            assert!(usize::from(command.len) <= payload.len(), "the kernel is told of memory that is there");
             command.addr = payload.as_mut_ptr() as u64;
-            command.len = payload.len() as u16;
         }
         let words = command.to_words();
         let entry = Sqe {
@@ -69,8 +118,8 @@ impl CommandRing {
         };
         let rest = [words[2], words[3], 0, 0, 0, 0, 0, 0];
         // SAFETY: the only memory named is `payload`, which stays where it is until the kernel has answered, or is leaked below
-        // when it does not.
-        unsafe { self.ring.push_wide(&entry, rest) };
+        // when it does not; or memory that nobody can write to.
+        unsafe { self.push(&entry, rest) };
 
         let mut answer = None;
         let mut pending = 1;
@@ -90,7 +139,7 @@ impl CommandRing {
                     ..Sqe::default()
                 };
                 // SAFETY: a cancel names no memory: its `addr` is the user data of what it cancels.
-                unsafe { self.ring.push_wide(&cancel, [0; 8]) };
+                unsafe { self.push(&cancel, [0; 8]) };
                 pending += 1;
                 cancel_until = Some(now + CANCEL_PATIENCE);
                 continue;

@@ -37,6 +37,15 @@ impl Map {
         Ok(Self { start: start.cast(), len: len.get() })
     }
 
+    /// `len` bytes of address space that nobody can read or write.
+    #[cfg(feature = "raw")]
+    pub(crate) fn inaccessible(len: usize) -> io::Result<Self> {
+        let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;
+        // SAFETY: as above.
+        let start = unsafe { mmap_anonymous(None, len, ProtFlags::PROT_NONE, MapFlags::MAP_PRIVATE)? };
+        Ok(Self { start: start.cast(), len: len.get() })
+    }
+
     /// `len` bytes of `file` from `offset`, read-only and shared with whoever writes them.
     pub(crate) fn shared_read_only(file: impl AsFd, offset: usize, len: usize) -> io::Result<Self> {
         let len = NonZeroUsize::new(len).ok_or(io::ErrorKind::InvalidInput)?;

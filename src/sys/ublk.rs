@@ -72,6 +72,10 @@ commands! { CtrlCmd;
     CMD_QUIESCE_DEV = wr 0x16;
     /// Stop unless somebody holds the block device.
     CMD_TRY_STOP_DEV = wr 0x17;
+    /// Register memory that clients and server share.
+    CMD_REG_BUF = wr 0x18;
+    /// Undo `CMD_REG_BUF`.
+    CMD_UNREG_BUF = wr 0x19;
 }
 
 commands! { IoCmd;
@@ -85,6 +89,12 @@ commands! { IoCmd;
     IO_REGISTER_IO_BUF = wr 0x23;
     /// Undo `IO_REGISTER_IO_BUF`.
     IO_UNREGISTER_IO_BUF = wr 0x24;
+    /// As `IO_FETCH_REQ` for many tags, without waiting for a request.
+    IO_PREP_IO_CMDS = wr 0x25;
+    /// Complete the requests of many tags.
+    IO_COMMIT_IO_CMDS = wr 0x26;
+    /// Wait for requests of any tag, again and again.
+    IO_FETCH_IO_CMDS = wr 0x27;
 }
 
 /// CQE result of an I/O command: a request is here.

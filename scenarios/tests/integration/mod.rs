@@ -3,6 +3,7 @@
 mod capabilities;
 mod client;
 mod close;
+mod commands;
 mod control;
 mod disk;
 mod errnos;
@@ -42,6 +43,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         close::cases(),
         start::cases(),
         control::cases(),
+        commands::cases(),
         orphans::cases(),
         recovery::cases(),
         scenarios::cases(),

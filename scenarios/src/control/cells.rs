@@ -1,0 +1,255 @@
+//! Goes through the table: every command, in every state.
+
+use std::collections::BTreeSet;
+
+use nix::errno::Errno;
+use ublkit::raw::RawOutcome;
+
+use super::Plant;
+use super::expect::{Action, Expected, Probe};
+use super::lab::{COMMAND_DEADLINE, Lab, Rig, WAITS, named};
+use super::peer::stacks;
+use super::protocol::{Call, Reply};
+use super::state::State;
+use crate::scenario::Failure;
+
+/// How long an I/O command that the driver keeps is watched for an answer.
+const KEPT_MS: u64 = 40;
+
+/// What came of a probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// As expected.
+    Right,
+    /// Otherwise: this.
+    Wrong(String),
+}
+
+impl Lab {
+    /// Tries one command on a device, and says whether that came of it which was expected.
+    pub(super) fn probe(&mut self, rig: &mut Rig, probe: &Probe, expected: Expected) -> Result<Outcome, Failure> {
+        *self.sent.entry(probe.command).or_default() += 1;
+        match (probe.action)(rig) {
+            Action::Control(command) => match expected {
+                Expected::Ok | Expected::Err(_) => {
+                    if self.plant == Some(Plant::StopHangs) && probe.command == "STOP_DEV" && rig.state == State::Live
+                    {
+                        self.advance(rig, super::lab::Step::HoldRead)?;
+                    }
+                    match self.send(Some(rig), &command) {
+                        Ok((result, _)) => Ok(judge(expected, result)),
+                        Err(Failure::Hang(_)) if self.survey => Ok(Outcome::Wrong("no end".to_owned())),
+                        Err(failure) => Err(failure),
+                    }
+                }
+                Expected::Waits => {
+                    let underway = self.begin(&command);
+                    if let Some(early) = underway.answer(WAITS)? {
+                        return Ok(Outcome::Wrong(format!("{} at once", told(&early))));
+                    }
+                    underway.call_off();
+                    let ended = underway.answer(COMMAND_DEADLINE)?;
+                    let right = RawOutcome::Cancelled(-(Errno::EINTR as i32));
+                    Ok(compare(ended.as_ref(), &right))
+                }
+                Expected::WaitsForServer | Expected::WaitsForHolders => {
+                    let underway = self.begin(&command);
+                    if let Some(early) = underway.answer(WAITS)? {
+                        return Ok(Outcome::Wrong(format!("{} at once", told(&early))));
+                    }
+                    if expected == Expected::WaitsForServer {
+                        rig.server()?.done(&Call::Release)?;
+                    } else {
+                        for peer in [&rig.server, &rig.client].into_iter().flatten() {
+                            peer.kill();
+                        }
+                    }
+                    match underway.answer(COMMAND_DEADLINE)? {
+                        Some(RawOutcome::Answered { result: 0, .. }) => Ok(Outcome::Right),
+                        Some(other) => Ok(Outcome::Wrong(format!("{} after a wait", told(&other)))),
+                        None => Err(Failure::Hang(format!("it does not end\n{}", stacks(std::process::id())))),
+                    }
+                }
+            },
+            Action::Io(io, elsewhere) => {
+                let patience_ms = if expected == Expected::Ok { KEPT_MS } else { 10_000 };
+                let reply = rig.server()?.call(&Call::Io { io, patience_ms, elsewhere })?;
+                let reply = match reply {
+                    Reply::Result(_)
+                        if self.plant == Some(Plant::DoubleFetch)
+                            && probe.command == "FETCH_REQ"
+                            && probe.variant == "first tag"
+                            && rig.state == State::Partly =>
+                    {
+                        Reply::Pending
+                    }
+                    other => other,
+                };
+                Ok(match reply {
+                    Reply::Pending if expected == Expected::Ok => Outcome::Right,
+                    Reply::Pending => Outcome::Wrong("accepted".to_owned()),
+                    Reply::Result(result) => judge(expected, result),
+                })
+            }
+            Action::Map(offset, len, writable) => match rig.server()?.call(&Call::Map(offset, len, writable))? {
+                Reply::Result(result) => Ok(judge(expected, result)),
+                Reply::Pending => Err(Failure::Internal("a mapping has no result".to_owned())),
+            },
+        }
+    }
+}
+
+fn judge(expected: Expected, result: i32) -> Outcome {
+    let right = match expected {
+        Expected::Ok => result >= 0,
+        Expected::Err(errno) => result == -(errno as i32),
+        _ => false,
+    };
+    if right { Outcome::Right } else { Outcome::Wrong(named(result)) }
+}
+
+fn compare(ended: Option<&RawOutcome>, right: &RawOutcome) -> Outcome {
+    match ended {
+        Some(outcome) if outcome == right => Outcome::Right,
+        Some(other) => Outcome::Wrong(told(other)),
+        None => Outcome::Wrong("no answer to being cancelled".to_owned()),
+    }
+}
+
+fn told(outcome: &RawOutcome) -> String {
+    match outcome {
+        RawOutcome::Answered { result, .. } => named(*result),
+        RawOutcome::Cancelled(result) => format!("{} when cancelled", named(*result)),
+        RawOutcome::Stuck => "stuck".to_owned(),
+    }
+}
+
+/// What a run through a state's commands found.
+#[derive(Debug, Default)]
+pub(super) struct Found {
+    pub(super) cells: u64,
+    pub(super) wrong: Vec<String>,
+    /// Cells that there are, gated ones left out.
+    pub(super) planned: u64,
+    /// Gates that were met, with what was left out.
+    pub(super) gated: BTreeSet<(&'static str, String)>,
+}
+
+impl Lab {
+    /// Tries every command of the table in a state.
+    pub(super) fn cells(&mut self, state: State, probes: &[Probe], found: &mut Found) -> Result<(), Failure> {
+        let kernel = self.kernel;
+        let mut cells: Vec<(&Probe, Expected)> = Vec::new();
+        for probe in probes.iter().filter(|probe| probe.states.contains(&state)) {
+            if let Some(gate) = probe.gate(state, kernel) {
+                found.gated.insert((gate.name, format!("{} when {state}", probe.name())));
+                continue;
+            }
+            let expected = probe.expected(state, kernel).ok_or_else(|| {
+                Failure::Internal(format!("the table does not say what {} gives when {state}", probe.name()))
+            })?;
+            cells.push((probe, expected));
+        }
+        found.planned = cells.len() as u64;
+        // What changes nothing shares a device; the others have one each.
+        cells.sort_by_key(|(probe, expected)| !probe.is_harmless(*expected));
+        let mut rig = None;
+        for (probe, expected) in cells {
+            let mut current = match rig.take() {
+                Some(mut shared) => {
+                    // Commands that change something come last, and only this device has had all the others.
+                    if !probe.is_harmless(expected) {
+                        found.wrong.extend(self.unchanged(&mut shared)?);
+                    }
+                    shared
+                }
+                None => self.build(state)?,
+            };
+            let outcome = self.probe(&mut current, probe, expected);
+            found.cells += 1;
+            let outcome = match outcome {
+                Ok(outcome) => outcome,
+                Err(failure) => {
+                    let _worse = self.undo(current);
+                    return Err(match failure {
+                        Failure::Hang(what) => Failure::Hang(format!("{} when {state}: {what}", probe.name())),
+                        other => other,
+                    });
+                }
+            };
+            let right = outcome == Outcome::Right;
+            if let Outcome::Wrong(got) = outcome {
+                found.wrong.push(format!("{} when {state}: expected {expected}, got {got}", probe.name()));
+            }
+            if right && probe.is_harmless(expected) {
+                rig = Some(current);
+            } else {
+                self.undo_after(current, probe)?;
+            }
+            found.wrong.extend(
+                self.log
+                    .complaints()
+                    .into_iter()
+                    .map(|line| format!("{} when {state}: kernel: {line}", probe.name())),
+            );
+        }
+        if let Some(mut rig) = rig {
+            found.wrong.extend(self.unchanged(&mut rig)?);
+            self.undo(rig)?;
+        }
+        Ok(())
+    }
+
+    /// After everything that should have changed nothing: has it?
+    fn unchanged(&mut self, rig: &mut Rig) -> Result<Option<String>, Failure> {
+        let state = rig.state;
+        let told = self.told(rig)?;
+        if told != state.told() {
+            return Ok(Some(format!("after commands that change nothing, a device that was {state} is {told:?}")));
+        }
+        if matches!(state, State::Live | State::LiveRecoverable) {
+            let id = rig.id;
+            rig.client()?.done(&Call::Read(id))?;
+            let reply = rig.client()?.call(&Call::HasRead { patience_ms: 20_000 })?;
+            if reply != Reply::Result(4096) {
+                return Ok(Some(format!("after commands that change nothing, a read when {state} gives {reply:?}")));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The state as the driver tells it.
+    pub(super) fn told(&mut self, rig: &Rig) -> Result<Option<ublkit::ctrl::State>, Failure> {
+        use ublkit::ctrl::State as Told;
+        use ublkit::raw::Payload;
+        use ublkit::sys::ublk::{self, DevInfo};
+        let ask = ublkit::raw::RawCommand {
+            payload: Payload::Bytes(vec![0; 64]),
+            ..super::lab::command(ublk::CMD_GET_DEV_INFO, rig.id)
+        };
+        let (result, payload) = self.send(Some(rig), &ask)?;
+        Ok((result == 0).then(|| match DevInfo::from_bytes(&payload).state {
+            ublk::STATE_DEAD => Told::Dead,
+            ublk::STATE_LIVE => Told::Live,
+            ublk::STATE_QUIESCED => Told::Quiesced,
+            ublk::STATE_FAIL_IO => Told::FailIo,
+            other => Told::Unknown(other),
+        }))
+    }
+
+    fn undo_after(&mut self, mut rig: Rig, probe: &Probe) -> Result<(), Failure> {
+        if probe.command == "ADD_DEV" {
+            // Where there was none, there is one now.
+            let delete = super::lab::command(ublkit::sys::ublk::CMD_DEL_DEV, rig.id);
+            if rig.state.told().is_none() {
+                let _ = self.send(None, &delete)?;
+            }
+        }
+        match probe.command {
+            "STOP_DEV" if rig.state != State::Deleting => rig.state = State::Stopped,
+            "DEL_DEV_ASYNC" => rig.state = State::Deleting,
+            _ => {}
+        }
+        self.undo(rig)
+    }
+}

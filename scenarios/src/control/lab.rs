@@ -1,0 +1,569 @@
+//! Devices in every state, made and undone; and commands to them, each with a deadline.
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use ublkit::Controller;
+use ublkit::raw::{Payload, RawCommand, RawOutcome};
+use ublkit::sys::ublk::{self, DevInfo, Features, ParamBasic, Params};
+
+use super::Plant;
+use super::log::KernelLog;
+use super::peer::{Peer, stacks};
+use super::protocol::{Addr, Call, DEPTH, Io, MAX_IO, Reply, SECTORS};
+use super::state::State;
+use crate::context::Context;
+use crate::gates::KernelVersion;
+use crate::runs::RunRecord;
+use crate::scenario::Failure;
+
+/// How long a command may take that waits for nothing a server does.
+pub(super) const COMMAND_DEADLINE: Duration = Duration::from_secs(15);
+/// How long a command has to be without an answer to count as one that waits.
+pub(super) const WAITS: Duration = Duration::from_millis(120);
+
+/// An id that the driver never gives by itself before all others.
+pub(super) const ABSENT_ID: u32 = (1 << 20) - 3;
+
+/// A command that is under way.
+pub(super) struct Underway {
+    answer: Receiver<Result<RawOutcome, ublkit::Error>>,
+    called_off: Arc<AtomicBool>,
+}
+
+impl Underway {
+    /// The answer, if it comes in time.
+    pub(super) fn answer(&self, patience: Duration) -> Result<Option<RawOutcome>, Failure> {
+        match self.answer.recv_timeout(patience) {
+            Ok(outcome) => Ok(Some(outcome?)),
+            Err(mpsc::RecvTimeoutError::Timeout) => Ok(None),
+            Err(mpsc::RecvTimeoutError::Disconnected) => Err(Failure::Internal("a thread is gone".to_owned())),
+        }
+    }
+
+    /// Cancels the command.
+    pub(super) fn call_off(&self) {
+        self.called_off.store(true, Ordering::SeqCst);
+    }
+}
+
+/// Where devices are made.
+pub(super) struct Lab {
+    pub(super) controller: Arc<Controller>,
+    pub(super) kernel: KernelVersion,
+    pub(super) plant: Option<Plant>,
+    /// How long a command may take that waits for nothing a server does.
+    pub(super) deadline: Duration,
+    /// What does not end counts as an outcome, so that a table for a new kernel can be drawn up in one run.
+    pub(super) survey: bool,
+    record: RunRecord,
+    pub(super) log: KernelLog,
+    /// Commands by name, for the evidence.
+    pub(super) sent: BTreeMap<&'static str, u64>,
+}
+
+/// A device in a state, with the processes that hold it.
+#[derive(Debug)]
+pub(super) struct Rig {
+    pub(super) id: u32,
+    pub(super) state: State,
+    pub(super) features: Features,
+    pub(super) server: Option<Peer>,
+    pub(super) client: Option<Peer>,
+    /// The tag that the server keeps.
+    pub(super) held: Option<u16>,
+}
+
+impl Rig {
+    pub(super) fn server(&mut self) -> Result<&mut Peer, Failure> {
+        self.server.as_mut().ok_or_else(|| Failure::Internal("there is no server".to_owned()))
+    }
+
+    pub(super) fn client(&mut self) -> Result<&mut Peer, Failure> {
+        if self.client.is_none() {
+            self.client = Some(Peer::start()?);
+        }
+        self.client.as_mut().ok_or_else(|| Failure::Internal("there is no client".to_owned()))
+    }
+
+    pub(super) fn server_pid(&self) -> u32 {
+        self.server.as_ref().map_or(std::process::id(), Peer::pid)
+    }
+
+    /// Where those who hold it stand, and this process.
+    pub(super) fn stacks(&self) -> String {
+        let held = [&self.server, &self.client].into_iter().flatten().map(|peer| stacks(peer.pid()));
+        held.chain([stacks(std::process::id())]).collect::<Vec<_>>().join("\n")
+    }
+}
+
+/// A command to a device, without arguments.
+pub(super) fn command(operation: u32, id: u32) -> RawCommand {
+    RawCommand { operation, dev_id: id, queue_id: u16::MAX, ..RawCommand::default() }
+}
+
+/// ADD_DEV as it should be.
+pub(super) fn add(id: u32, features: Features) -> DevInfo {
+    DevInfo {
+        nr_hw_queues: 1,
+        queue_depth: DEPTH,
+        max_io_buf_bytes: MAX_IO,
+        dev_id: id,
+        flags: (features | Features::CMD_IOCTL_ENCODE).bits(),
+        ..DevInfo::default()
+    }
+}
+
+pub(super) fn add_command(info: DevInfo) -> RawCommand {
+    RawCommand { payload: Payload::Bytes(info.to_bytes()), ..command(ublk::CMD_ADD_DEV, info.dev_id) }
+}
+
+/// The parameters that every device here has.
+pub(super) fn params() -> Params {
+    Params {
+        len: size_of::<Params>() as u32,
+        types: ublk::PARAM_TYPE_BASIC,
+        basic: ParamBasic {
+            logical_bs_shift: 9,
+            physical_bs_shift: 12,
+            io_opt_shift: 12,
+            io_min_shift: 9,
+            max_sectors: MAX_IO / 512,
+            dev_sectors: SECTORS,
+            ..ParamBasic::default()
+        },
+        ..Params::default()
+    }
+}
+
+pub(super) fn set_params(id: u32, params: &Params) -> RawCommand {
+    RawCommand { payload: Payload::Bytes(params.to_bytes()), ..command(ublk::CMD_SET_PARAMS, id) }
+}
+
+pub(super) fn fetch(tag: u16) -> Io {
+    Io { operation: ublk::IO_FETCH_REQ, queue: 0, tag, result: 0, addr: Addr::Own, batch: None }
+}
+
+impl Lab {
+    pub(super) fn new(context: &Context, plant: Option<Plant>) -> Result<Self, Failure> {
+        Ok(Self {
+            controller: Arc::new(Controller::open()?),
+            kernel: KernelVersion::here(),
+            plant,
+            deadline: COMMAND_DEADLINE,
+            survey: false,
+            record: context.record.clone(),
+            log: KernelLog::from_here()?,
+            sent: BTreeMap::new(),
+        })
+    }
+
+    /// Sends a command that has to end by itself.
+    pub(super) fn send(&mut self, rig: Option<&Rig>, command: &RawCommand) -> Result<(i32, Vec<u8>), Failure> {
+        match self.controller.command(command, self.deadline)? {
+            RawOutcome::Answered { result, mut payload } => {
+                let result = self.lie(rig.map(|rig| rig.state), command, result, &mut payload);
+                Ok((result, payload))
+            }
+            RawOutcome::Cancelled(_) | RawOutcome::Stuck => {
+                let stacks = rig.map_or_else(|| stacks(std::process::id()), Rig::stacks);
+                Err(Failure::Hang(format!(
+                    "{:#x} to device {} did not end within {:?}\n{stacks}",
+                    command.operation, command.dev_id, self.deadline
+                )))
+            }
+        }
+    }
+
+    /// What a driver with a planted bug would have said.
+    fn lie(&self, state: Option<State>, command: &RawCommand, result: i32, payload: &mut [u8]) -> i32 {
+        match self.plant {
+            Some(Plant::EinvalForEbusy) if result == -(Errno::EBUSY as i32) => -(Errno::EINVAL as i32),
+            Some(Plant::StaleState)
+                if state == Some(State::Stopped)
+                    && command.operation & 0xff == ublk::CMD_GET_DEV_INFO & 0xff
+                    && result == 0
+                    && payload.len() >= 64 =>
+            {
+                let info = DevInfo { state: ublk::STATE_LIVE, ..DevInfo::from_bytes(payload) };
+                payload[..64].copy_from_slice(&info.to_bytes());
+                result
+            }
+            _ => result,
+        }
+    }
+
+    /// Sends a command and does not wait for its end.
+    pub(super) fn begin(&self, command: &RawCommand) -> Underway {
+        let called_off = Arc::new(AtomicBool::new(false));
+        let (sender, answer) = mpsc::channel();
+        let (controller, command, flag) = (Arc::clone(&self.controller), command.clone(), Arc::clone(&called_off));
+        thread::spawn(move || {
+            let _unheard = sender
+                .send(controller.command_until(&command, COMMAND_DEADLINE * 4, &|| flag.load(Ordering::SeqCst)));
+        });
+        Underway { answer, called_off }
+    }
+
+    /// Sends a command that has to succeed.
+    pub(super) fn must(&mut self, rig: Option<&Rig>, command: &RawCommand) -> Result<Vec<u8>, Failure> {
+        match self.send(rig, command)? {
+            (result, payload) if result >= 0 => Ok(payload),
+            (result, _) => {
+                let at = rig.map_or_else(String::new, |rig| format!(" to the device that is {}", rig.state));
+                Err(Failure::broke(
+                    "control",
+                    format!("command {:#x}{at} gives {}", command.operation, named(result)),
+                ))
+            }
+        }
+    }
+
+    /// The features that a device is asked for in order to get to `state`.
+    pub(super) fn features_for(&self, state: State) -> Features {
+        let mut features = Features::NONE;
+        if self.kernel >= KernelVersion(7, 0, 0) {
+            // The scan opens the device whenever it likes, which TRY_STOP would see.
+            features |= Features::NO_AUTO_PART_SCAN;
+        }
+        match state {
+            State::LiveRecoverable | State::Quiesced | State::Recovering => features |= Features::USER_RECOVERY,
+            State::FailIo => features |= Features::USER_RECOVERY | Features::USER_RECOVERY_FAIL_IO,
+            _ => {}
+        }
+        if features.contains(Features::USER_RECOVERY) && self.kernel >= KernelVersion(6, 16, 0) {
+            features |= Features::QUIESCE;
+        }
+        features
+    }
+
+    /// A device in `state`.
+    pub(super) fn build(&mut self, state: State) -> Result<Rig, Failure> {
+        let features = self.features_for(state);
+        let rig = Rig { id: ABSENT_ID, state: State::Absent, features, server: None, client: None, held: None };
+        let mut rig = rig;
+        match self.bring(&mut rig, state) {
+            Ok(()) => Ok(rig),
+            Err(failure) => {
+                // The first failure is the one that is told.
+                let _worse = self.undo(rig);
+                Err(failure)
+            }
+        }
+    }
+
+    fn bring(&mut self, rig: &mut Rig, state: State) -> Result<(), Failure> {
+        for step in path(state) {
+            self.advance(rig, *step)?;
+        }
+        Ok(())
+    }
+
+    /// Takes a device one step on.
+    #[expect(clippy::too_many_lines, reason = "one short arm for each step")]
+    pub(super) fn advance(&mut self, rig: &mut Rig, step: Step) -> Result<(), Failure> {
+        rig.state = match step {
+            Step::Add => {
+                let info = add(ublk::ANY_ID, rig.features);
+                let payload = self.must(None, &add_command(info))?;
+                rig.id = DevInfo::from_bytes(&payload).dev_id;
+                self.record.made(rig.id);
+                State::Added
+            }
+            Step::Configure => {
+                self.must(Some(rig), &set_params(rig.id, &params()))?;
+                State::Configured
+            }
+            Step::Open => {
+                let mut server = Peer::start()?;
+                let opened = self.open(&mut server, rig.id);
+                rig.server = Some(server);
+                opened?;
+                State::Opened
+            }
+            Step::FetchOne => {
+                Self::fetch(rig, 0)?;
+                State::Partly
+            }
+            Step::FetchRest => {
+                Self::fetch(rig, 1)?;
+                State::Ready
+            }
+            Step::Start => {
+                let start = command(ublk::CMD_START_DEV, rig.id);
+                self.must(Some(rig), &RawCommand { data: u64::from(rig.server_pid()), ..start })?;
+                settle();
+                if rig.features.contains(Features::USER_RECOVERY) { State::LiveRecoverable } else { State::Live }
+            }
+            Step::HoldRead => {
+                let id = rig.id;
+                rig.server()?.done(&Call::Hold)?;
+                rig.client()?.done(&Call::Read(id))?;
+                match rig.server()?.call(&Call::Held { patience_ms: 20_000 })? {
+                    Reply::Result(tag) => rig.held = Some(tag as u16),
+                    Reply::Pending => {
+                        return Err(Failure::Hang(format!("a read does not reach the server\n{}", rig.stacks())));
+                    }
+                }
+                State::Held
+            }
+            Step::Release => {
+                rig.server()?.done(&Call::Release)?;
+                rig.held = None;
+                let reply = rig.client()?.call(&Call::HasRead { patience_ms: 20_000 })?;
+                if reply != Reply::Result(4096) {
+                    return Err(Failure::broke(
+                        "control",
+                        format!("a read that was kept for a while gives {reply:?}"),
+                    ));
+                }
+                // Whoever read has closed the device; nobody holds it now.
+                if let Some(client) = rig.client.take() {
+                    client.end()?;
+                }
+                State::Live
+            }
+            Step::Abandon => {
+                if let Some(server) = rig.server.take() {
+                    server.end()?;
+                }
+                State::Dead
+            }
+            Step::OpenBlock => {
+                let id = rig.id;
+                rig.client()?.done(&Call::OpenBlock(id))?;
+                rig.state
+            }
+            Step::Stop => {
+                self.must(Some(rig), &command(ublk::CMD_STOP_DEV, rig.id))?;
+                if rig.client.is_some() { State::StoppedOpen } else { State::Stopped }
+            }
+            Step::Kill => {
+                let server = rig.server.take().ok_or_else(|| Failure::Internal("no server to kill".to_owned()))?;
+                server.end()?;
+                let next = if rig.features.contains(Features::USER_RECOVERY_FAIL_IO) {
+                    State::FailIo
+                } else if rig.features.contains(Features::USER_RECOVERY) {
+                    State::Quiesced
+                } else {
+                    State::Dead
+                };
+                self.wait_told(rig.id, next)?;
+                self.wait_released(rig.id)?;
+                next
+            }
+            Step::Recover => {
+                // The old server's hold on the character device ends a moment after the state says that it is gone.
+                let begin = command(ublk::CMD_START_USER_RECOVERY, rig.id);
+                self.until("a recovery can begin", |lab| {
+                    let (result, _) = lab.send(None, &begin)?;
+                    Ok(result == 0)
+                })?;
+                let mut server = Peer::start()?;
+                let opened = self.open(&mut server, rig.id);
+                rig.server = Some(server);
+                opened?;
+                Self::fetch(rig, 0)?;
+                Self::fetch(rig, 1)?;
+                State::Recovering
+            }
+            Step::EndRecovery => {
+                let end = command(ublk::CMD_END_USER_RECOVERY, rig.id);
+                self.must(Some(rig), &RawCommand { data: u64::from(rig.server_pid()), ..end })?;
+                settle();
+                State::LiveRecoverable
+            }
+            Step::DeleteAsync => {
+                self.must(Some(rig), &command(ublk::CMD_DEL_DEV_ASYNC, rig.id))?;
+                State::Deleting
+            }
+            Step::Delete => {
+                self.must(Some(rig), &command(ublk::CMD_DEL_DEV, rig.id))?;
+                self.record.gone(rig.id);
+                State::Deleted
+            }
+        };
+        Ok(())
+    }
+
+    /// Opens the character device, once its last holder has let go of it: that takes the kernel a moment.
+    fn open(&mut self, server: &mut Peer, id: u32) -> Result<(), Failure> {
+        let busy = Reply::Result(-(Errno::EBUSY as i32));
+        self.until("the character device can be opened", |_| match server.call(&Call::Open(id))? {
+            Reply::Result(0) => Ok(true),
+            other if other == busy => Ok(false),
+            // udev has not made the node yet.
+            Reply::Result(result) if result == -(Errno::ENOENT as i32) => Ok(false),
+            other => Err(Failure::broke("control", format!("open of the character device gives {other:?}"))),
+        })
+    }
+
+    /// Waits until the driver has put a device back in order after its server's end: the state is told before that is done.
+    /// Until then the character device cannot be opened; and opening it changes nothing.
+    fn wait_released(&mut self, id: u32) -> Result<(), Failure> {
+        let path = ublkit::ctrl::character_path(id);
+        self.until("the character device is free", |_| {
+            match OpenOptions::new().read(true).write(true).open(&path) {
+                Ok(_) => Ok(true),
+                Err(error) if error.raw_os_error() == Some(Errno::EBUSY as i32) => Ok(false),
+                Err(error) => Err(Failure::io(format!("open {}", path.display()), &error)),
+            }
+        })?;
+        // Now for the end of that opening.
+        self.until("the character device is free again", |_| Ok(OpenOptions::new().read(true).open(&path).is_ok()))
+    }
+
+    fn fetch(rig: &mut Rig, tag: u16) -> Result<(), Failure> {
+        let call = Call::Io { io: fetch(tag), patience_ms: 0, elsewhere: false };
+        match rig.server()?.call(&call)? {
+            Reply::Pending => Ok(()),
+            Reply::Result(result) => {
+                Err(Failure::broke("control", format!("FETCH of tag {tag} gives {}", named(result))))
+            }
+        }
+    }
+
+    fn wait_told(&mut self, id: u32, state: State) -> Result<(), Failure> {
+        self.until(&format!("the device is {state}"), |lab| Ok(lab.info(id)? == state.told()))
+    }
+
+    fn until(&mut self, what: &str, mut is: impl FnMut(&mut Self) -> Result<bool, Failure>) -> Result<(), Failure> {
+        // On 6.12 a queue whose tags are all at the server is given up only when the block layer's own timeout of 30 s has passed.
+        let deadline = Instant::now() + Duration::from_secs(50);
+        while !is(self)? {
+            if Instant::now() > deadline {
+                return Err(Failure::Hang(format!("waited 50 s until {what}\n{}", stacks(std::process::id()))));
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
+    /// The state as the driver tells it, past every plant.
+    pub(super) fn info(&mut self, id: u32) -> Result<Option<ublkit::ctrl::State>, Failure> {
+        match self.controller.get_dev_info(id) {
+            Ok(info) => Ok(Some(info.state())),
+            Err(error) if error.kind() == ublkit::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Deletes a device, ends who holds it, and sees that its id is free.
+    pub(super) fn undo(&mut self, rig: Rig) -> Result<(), Failure> {
+        let deadline = std::mem::replace(&mut self.deadline, COMMAND_DEADLINE);
+        let undone = self.undo_in_time(rig);
+        self.deadline = deadline;
+        undone
+    }
+
+    fn undo_in_time(&mut self, mut rig: Rig) -> Result<(), Failure> {
+        if rig.id == ABSENT_ID {
+            return end(rig);
+        }
+        // A server that dies with tags fetched and no START, or in the middle of a recovery, is a case of its own.
+        if matches!(rig.state, State::Opened | State::Partly | State::Ready | State::Recovering) {
+            let _refused = self.send(Some(&rig), &command(ublk::CMD_STOP_DEV, rig.id))?;
+        }
+        if self.plant == Some(Plant::IdLeak) && rig.state == State::Live {
+            // Somebody holds the block device and does not let go.
+            let id = rig.id;
+            rig.client()?.done(&Call::OpenBlock(id))?;
+            if let Some(server) = &rig.server {
+                server.kill();
+            }
+        } else {
+            for peer in [&rig.server, &rig.client].into_iter().flatten() {
+                peer.kill();
+            }
+        }
+        // What is being deleted already goes by itself.
+        let deleted = match rig.state {
+            State::Deleting => Ok((0, Vec::new())),
+            _ => self.send(Some(&rig), &command(ublk::CMD_DEL_DEV, rig.id)),
+        };
+        let id = rig.id;
+        let ended = end(rig);
+        let (result, _) = deleted?;
+        ended?;
+        if result != 0 && result != -(Errno::ENODEV as i32) {
+            return Err(Failure::broke("control", format!("DEL of device {id} gives {}", named(result))));
+        }
+        self.until(&format!("the id {id} is free"), |lab| Ok(lab.info(id)?.is_none()))?;
+        self.record.gone(id);
+        Ok(())
+    }
+}
+
+/// Ends the processes that hold a device.
+fn end(rig: Rig) -> Result<(), Failure> {
+    [rig.server, rig.client].into_iter().flatten().try_for_each(Peer::end)
+}
+
+/// Waits until udev has looked at a new disk, where there is udev.
+fn settle() {
+    // It may not be there, and what it does not wait for only makes a later command wait.
+    let _ = Command::new("udevadm")
+        .args(["settle", "--timeout=20"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status();
+}
+
+/// A way on from one state to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Step {
+    Add,
+    Configure,
+    Open,
+    FetchOne,
+    FetchRest,
+    Start,
+    HoldRead,
+    Release,
+    OpenBlock,
+    Stop,
+    Kill,
+    /// As `Kill`, before it was started.
+    Abandon,
+    Recover,
+    EndRecovery,
+    DeleteAsync,
+    Delete,
+}
+
+/// The shortest way to a state from nothing.
+pub(super) const fn path(state: State) -> &'static [Step] {
+    use Step::{
+        Add, Configure, Delete, DeleteAsync, FetchOne, FetchRest, HoldRead, Kill, Open, OpenBlock, Recover, Start,
+        Stop,
+    };
+    match state {
+        State::Absent => &[],
+        State::Added => &[Add],
+        State::Configured => &[Add, Configure],
+        State::Opened => &[Add, Configure, Open],
+        State::Partly => &[Add, Configure, Open, FetchOne],
+        State::Ready => &[Add, Configure, Open, FetchOne, FetchRest],
+        State::Live | State::LiveRecoverable => &[Add, Configure, Open, FetchOne, FetchRest, Start],
+        State::Held => &[Add, Configure, Open, FetchOne, FetchRest, Start, HoldRead],
+        State::StoppedOpen => &[Add, Configure, Open, FetchOne, FetchRest, Start, OpenBlock, Stop],
+        State::Stopped => &[Add, Configure, Open, FetchOne, FetchRest, Start, Stop],
+        State::Dead | State::Quiesced | State::FailIo => &[Add, Configure, Open, FetchOne, FetchRest, Start, Kill],
+        State::Recovering => &[Add, Configure, Open, FetchOne, FetchRest, Start, Kill, Recover],
+        State::Deleting => &[Add, Configure, Open, DeleteAsync],
+        State::Deleted => &[Add, Delete],
+    }
+}
+
+/// A result as people know it.
+pub(super) fn named(result: i32) -> String {
+    if result < 0 { format!("{:?}", Errno::from_raw(-result)) } else { result.to_string() }
+}

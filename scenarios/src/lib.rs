@@ -15,6 +15,7 @@ pub mod aligned;
 pub mod cli;
 mod clock;
 pub mod context;
+pub mod crash;
 pub mod environment;
 pub mod gates;
 mod inventory;

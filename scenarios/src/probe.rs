@@ -5,8 +5,8 @@
 //! the page cache, over unmounts and power cuts. At the end nothing may be left.
 
 mod device;
-mod filesystem;
-mod power;
+pub(crate) mod filesystem;
+pub(crate) mod power;
 
 use std::collections::BTreeMap;
 use std::path::Path;

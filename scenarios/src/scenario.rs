@@ -114,6 +114,7 @@ pub const SCENARIOS: &[Entry] = &[
         "check step by step that both sides of the stack agree: device, storage, file system, remount, close",
     ),
     crate::simulated::TORTURE,
+    crate::crash::CRASH,
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::replay::Args>("replay", "run what a failure left behind once more: a bundle, or a script"),
 ];

@@ -17,7 +17,7 @@ mod witness;
 
 pub(crate) use child::main;
 pub(crate) use client::{Server, kill_all};
-pub(crate) use protocol::{Served, Status};
+pub(crate) use protocol::{Moment, Served, Status};
 pub(crate) use witness::Testimony;
 
 /// The argument with which this program becomes a server.

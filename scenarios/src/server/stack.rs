@@ -11,7 +11,7 @@ use ublkit::{Backend, Geometry};
 use ublkit_harness::fault::{Effect, Errno, Faults, Injection, Stage};
 use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
 use ublkit_harness::observe::{Counters, Counts};
-use ublkit_harness::sim::medium::Medium;
+use ublkit_harness::sim::medium::{CutReport, Medium};
 use ublkit_harness::sim::server::PlainServer;
 use ublkit_harness::{Observed, Pattern, Seed, SeededRng};
 
@@ -134,8 +134,9 @@ impl Stack {
         self.bridge.as_ref().map(Bridge::opener)
     }
 
-    /// Fails every request from now on, and loses what an outage loses.
-    pub(super) fn kill(&self, outage: Outage) {
+    /// Fails every request from now on, and loses what an outage loses. Returns what that was.
+    pub(super) fn kill(&self, outage: Outage) -> Option<CutReport> {
+        let mut report = None;
         let why = match outage {
             Outage::PowerCut => Open::AfterPowerCut,
             Outage::Restart => Open::AfterKill,
@@ -144,13 +145,14 @@ impl Stack {
         let plot = self.plot.again(why, self.plot.medium.clone());
         self.socket.kill(|| {
             if let (Outage::PowerCut, Some(medium)) = (outage, &self.below.storage.medium) {
-                let _what_survived = medium.power_cut(&mut lock(&self.power));
+                report = Some(medium.power_cut_told(&mut lock(&self.power)));
             }
             self.below.plug(&plot)
         });
         if let Some(bridge) = &self.bridge {
             bridge.restart(why);
         }
+        report
     }
 
     /// Serves requests again.

@@ -62,13 +62,32 @@ pub struct Args {
     #[command(flatten)]
     target: TargetArgs,
     /// What is asked after the cuts
-    #[arg(long, value_enum, value_name = "LIST", value_delimiter = ',', default_value = "raw,ext4,ext4-journal,xfs")]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "raw,ext4,ext4-journal,xfs",
+        overrides_with = "on"
+    )]
     on: Vec<Part>,
     /// How often the power is cut in each part; of the raw device ten times as often
-    #[arg(long, value_name = "N", default_value_t = 6, value_parser = clap::value_parser!(u64).range(1..=10_000))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 6,
+        value_parser = clap::value_parser!(u64).range(1..=10_000),
+        overrides_with = "cuts"
+    )]
     cuts: u64,
     /// How many of the states that a cut could leave are looked at
-    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = 3,
+        value_parser = clap::value_parser!(u64).range(1..=1000),
+        overrides_with = "images"
+    )]
     images: u64,
 }
 
@@ -156,7 +175,9 @@ impl Args {
             evidence.require(&format!("bytes_judged_{name}"), 4096);
         }
         if self.on.iter().any(|part| *part != Part::Raw) {
-            for (name, least) in [("files_promised", 1), ("bytes_promised", 4096), ("fscks", 1), ("journals_replayed", 1)] {
+            for (name, least) in
+                [("files_promised", 1), ("bytes_promised", 4096), ("fscks", 1), ("journals_replayed", 1)]
+            {
                 evidence.require(name, least);
             }
         }

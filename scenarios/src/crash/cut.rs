@@ -14,9 +14,9 @@ const LOSSES_TOLD: usize = 24;
 /// How long a moment is waited for that does not come: somebody else may be slow, and any other moment is as good.
 pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-/// When the power goes, counted in requests at the disk: mostly between two of them, sometimes right behind a flush.
+/// When the power goes, counted in requests at the disk: behind any of them, or behind one that made something durable.
 pub(super) fn moment(rng: &mut SeededRng, requests: u64) -> Moment {
-    if rng.chance(1, 4) { Moment::Flushes(rng.within(1..=4)) } else { Moment::Requests(rng.within(1..=requests)) }
+    if rng.chance(1, 2) { Moment::Durable(rng.within(1..=8)) } else { Moment::Requests(rng.within(1..=requests)) }
 }
 
 /// Counts a cut of a part of the scenario.
@@ -42,7 +42,8 @@ pub(super) fn in_lines(report: &CutReport) -> Vec<String> {
     // The newest of them are those that something was promised of, if anything was.
     let told = losses.iter().rev().take(LOSSES_TOLD).map(|loss| {
         let what = if loss.zeroes { "zeroes" } else { "a write" };
-        let fate = if loss.kept_bytes == 0 { String::from("lost") } else { format!("{} bytes kept", loss.kept_bytes) };
+        let fate =
+            if loss.kept_bytes == 0 { String::from("lost") } else { format!("{} bytes kept", loss.kept_bytes) };
         format!("  #{} {what} of sectors {}+{}: {fate}", loss.number, loss.offset / 512, loss.bytes.div_ceil(512))
     });
     let more = losses.len().saturating_sub(LOSSES_TOLD);

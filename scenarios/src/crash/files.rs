@@ -36,6 +36,8 @@ const WORKERS: u32 = 3;
 const REQUESTS_MAX: u64 = 120;
 /// How often a cut is drawn anew that took nothing away.
 const DRAWS: u64 = 6;
+/// How long it takes until everybody has heard that what they waited for is done.
+const TO_BE_HEARD: Duration = Duration::from_millis(30);
 /// A block of these file systems, which journals take to be written as a whole.
 const BLOCK: u32 = 4096;
 
@@ -89,7 +91,8 @@ struct Snapshot {
 /// Makes the file system, and cuts the power so many times.
 pub(super) fn check(context: &mut Context, args: &TargetArgs, kind: &Kind, plan: &Plan) -> Result<(), Failure> {
     let s = Duration::from_secs;
-    let args = TargetArgs { size: args.size.max(kind.bytes), logical_block: args.logical_block.max(BLOCK), ..args.clone() };
+    let args =
+        TargetArgs { size: args.size.max(kind.bytes), logical_block: args.logical_block.max(BLOCK), ..args.clone() };
     let step = |what: &str| format!("{}: {what}", kind.name);
     let target = context.step(&step("start"), s(60), |context| args.start(context))?;
     let checked = on_device(context, &args, kind, plan, &target, &step);
@@ -112,14 +115,15 @@ fn on_device(
         tool(kind.mkfs, &target.path())?;
         Mounted::mount_as(&target.path(), kind.kernel_name, kind.mount_options)
     })?;
-    let used = context.step(&step("directories"), s(60), |_| directories(mounted.path(), content)).and_then(|places| {
-        (0..plan.cuts).try_for_each(|number| {
-            let limit = s(180 * (1 + plan.images));
-            context.step(&step(&format!("cut {}", number + 1)), limit, |context| {
-                one_cut(context, args, kind, plan, target, &places, content, seed.derive("cut", number))
+    let used =
+        context.step(&step("directories"), s(60), |_| directories(mounted.path(), content)).and_then(|places| {
+            (0..plan.cuts).try_for_each(|number| {
+                let limit = s(180 * (1 + plan.images));
+                context.step(&step(&format!("cut {}", number + 1)), limit, |context| {
+                    one_cut(context, args, kind, plan, target, &places, content, seed.derive("cut", number))
+                })
             })
-        })
-    });
+        });
     // On a device that fails, this may take its time.
     let unmounted = context.always(&step("unmount"), s(120), |_| mounted.unmount());
     used.and(unmounted)
@@ -184,7 +188,8 @@ fn snapshot(
 ) -> Result<(Snapshot, Option<(Storage, CutReport)>), Failure> {
     let may_take_nothing = rng.chance(1, 4);
     for attempt in 0.. {
-        let moment = if may_take_nothing { Moment::Flushes(rng.within(1..=6)) } else { cut::moment(rng, REQUESTS_MAX) };
+        let moment =
+            if may_take_nothing { Moment::Durable(rng.within(1..=8)) } else { cut::moment(rng, REQUESTS_MAX) };
         let snapshot = under_load(context, target, places, seed.derive("work", attempt), moment)?;
         for draw in 0..DRAWS {
             let (disk, report) = snapshot.disk.crash(seed.derive("first image", draw))?;
@@ -226,8 +231,12 @@ fn under_load(
                 }
             });
         }
-        // What has begun by then is known to the models; what has ended by then was promised.
-        let promised = || places.iter().map(|place| place.model().clone()).collect();
+        // What has begun by then is known to the models; what has ended by then was promised. Whoever waits for what was
+        // just done has to hear of it first: a promise that was not given cannot be broken.
+        let promised = || {
+            thread::sleep(TO_BE_HEARD);
+            places.iter().map(|place| place.model().clone()).collect()
+        };
         let forked = target.storage().fork(moment, PATIENCE, promised);
         stop.store(true, Ordering::Relaxed);
         forked

@@ -122,9 +122,7 @@ impl Server {
                     copy.map_err(|error| Failure::Environment(format!("failed to copy the storage: {error}")))?;
                 Reply::Copied { storage: self.keep(Made::of(copy)) }
             }
-            Call::Kill { device, outage } => {
-                Reply::Dead(self.device(device)?.stack.kill(outage))
-            }
+            Call::Kill { device, outage } => Reply::Dead(self.device(device)?.stack.kill(outage)),
             Call::Revive { device } => {
                 self.device(device)?.stack.revive();
                 Reply::Alive

@@ -29,11 +29,11 @@ struct Gate {
 
 impl Gate {
     /// A request goes in. Shuts the gate behind it if it is the last one.
-    fn enter(&mut self, flush: bool) {
+    fn enter(&mut self, durable: bool) {
         self.inside += 1;
         let left = match &mut self.moment {
             Some(Moment::Requests(left)) => left,
-            Some(Moment::Flushes(left)) if flush => left,
+            Some(Moment::Durable(left)) if durable => left,
             _ => return,
         };
         *left = left.saturating_sub(1);
@@ -97,7 +97,7 @@ impl Freezer {
         self.inner.read_at(buf, offset)
     }
 
-    fn pass<T>(&self, flush: bool, request: impl FnOnce(&dyn Backend) -> io::Result<T>) -> io::Result<T> {
+    fn pass<T>(&self, durable: bool, request: impl FnOnce(&dyn Backend) -> io::Result<T>) -> io::Result<T> {
         /// Leaves however the request ends.
         struct Inside<'a>(&'a Freezer);
         impl Drop for Inside<'_> {
@@ -113,7 +113,7 @@ impl Freezer {
         while gate.shut {
             gate = self.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
-        gate.enter(flush);
+        gate.enter(durable);
         drop(gate);
         let _inside = Inside(self);
         request(self.inner.as_ref())
@@ -130,7 +130,7 @@ impl Backend for Freezer {
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        self.pass(false, |inner| inner.write_at(buf, offset, flags))
+        self.pass(flags.fua, |inner| inner.write_at(buf, offset, flags))
     }
 
     fn flush(&self) -> io::Result<()> {
@@ -142,7 +142,7 @@ impl Backend for Freezer {
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.pass(false, |inner| inner.write_zeroes(offset, len, flags))
+        self.pass(flags.fua, |inner| inner.write_zeroes(offset, len, flags))
     }
 }
 
@@ -185,7 +185,7 @@ mod tests {
     fn it_is_frozen_behind_the_request_that_was_asked_for() {
         let freezer = Arc::new(Freezer::new(Arc::new(backends::Memory::new(1 << 20))));
         // Two writes, a flush, two writes, a flush, …
-        for (moment, last) in [(Moment::Requests(3), 2), (Moment::Requests(4), 4), (Moment::Flushes(2), 5)] {
+        for (moment, last) in [(Moment::Requests(3), 2), (Moment::Requests(4), 4), (Moment::Durable(2), 5)] {
             let other = Arc::clone(&freezer);
             let freezing = std::thread::spawn(move || other.freeze(moment, Duration::from_secs(20)));
             while freezer.gate().moment.is_none() {

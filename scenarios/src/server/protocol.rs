@@ -17,8 +17,8 @@ pub(crate) enum Moment {
     Now,
     /// Behind so many more requests.
     Requests(u64),
-    /// Behind so many more flushes.
-    Flushes(u64),
+    /// Behind so many more of those that make something durable: flushes and FUA writes.
+    Durable(u64),
 }
 
 /// What the loading process asks for.

@@ -90,7 +90,9 @@ impl Image {
         let count = |(one, two): (&Option<Arc<Vec<u8>>>, &Option<Arc<Vec<u8>>>)| match (one, two) {
             (None, None) => 0,
             (Some(one), Some(two)) if Arc::ptr_eq(one, two) => 0,
-            (Some(one), Some(two)) => one.chunks(SECTOR).zip(two.chunks(SECTOR)).filter(|(one, two)| one != two).count(),
+            (Some(one), Some(two)) => {
+                one.chunks(SECTOR).zip(two.chunks(SECTOR)).filter(|(one, two)| one != two).count()
+            }
             (Some(one), None) | (None, Some(one)) => {
                 one.chunks(SECTOR).filter(|sector| **sector != zeroes[..sector.len()]).count()
             }
@@ -99,8 +101,7 @@ impl Image {
     }
 
     fn piece(&mut self, piece: usize) -> &mut [u8] {
-        let bytes: &mut Vec<u8> =
-            Arc::make_mut(self.pieces[piece].get_or_insert_with(|| Arc::new(vec![0; PIECE])));
+        let bytes: &mut Vec<u8> = Arc::make_mut(self.pieces[piece].get_or_insert_with(|| Arc::new(vec![0; PIECE])));
         bytes
     }
 }

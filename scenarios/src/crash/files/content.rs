@@ -169,7 +169,11 @@ mod tests {
         assert!(shown(&cell(Content::new(5), 7, 3, 4096)).contains("nobody's"));
         let mut torn = cell(content, 7, 3, 4096);
         torn[256..].copy_from_slice(&cell(content, 7, 2, 4096)[256..]);
-        assert!(shown(&torn).ends_with("from its byte 256 on what write 2 put at 4352 of file 0x7"), "{}", shown(&torn));
+        assert!(
+            shown(&torn).ends_with("from its byte 256 on what write 2 put at 4352 of file 0x7"),
+            "{}",
+            shown(&torn)
+        );
         let mut flipped = cell(content, 7, 3, 4096);
         flipped[40] ^= 1;
         assert!(matches!(content.look(7, 4096, &flipped), Seen::Foreign(pieces) if pieces.len() == 3));

@@ -35,7 +35,8 @@ pub(super) fn at(
         _ => log.is_some_and(|log| log.says(&target.path(), "Starting recovery")),
     };
     context.evidence().add("journals_replayed", replayed.into());
-    let compared = promised.iter().try_for_each(|directory| look_into(context, kind, directory, content, mounted.path()));
+    let compared =
+        promised.iter().try_for_each(|directory| look_into(context, kind, directory, content, mounted.path()));
     let unmounted = mounted.unmount();
     compared.and(unmounted)?;
     tool(kind.fsck, &target.path())?;

@@ -160,11 +160,8 @@ impl File {
         let (shortest, longest) = (u64::from(self.length.0) * CELL as u64, u64::from(self.length.1) * CELL as u64);
         let length = bytes.len() as u64;
         if !(shortest..=longest).contains(&length) {
-            let right = if shortest == longest {
-                format!("{shortest}")
-            } else {
-                format!("from {shortest} to {longest}")
-            };
+            let right =
+                if shortest == longest { format!("{shortest}") } else { format!("from {shortest} to {longest}") };
             return Err(self.wrong(format!("it has {length} bytes, and may have {right}"), None));
         }
         let mut judged = Judged { bytes: length, promised_bytes: 0 };
@@ -353,9 +350,8 @@ impl Directory {
         if !right.is_empty() {
             return Ok(right);
         }
-        let listed = |names: &mut dyn Iterator<Item = u32>| {
-            names.map(|name| format!("f{name}")).collect::<Vec<_>>().join(" ")
-        };
+        let listed =
+            |names: &mut dyn Iterator<Item = u32>| names.map(|name| format!("f{name}")).collect::<Vec<_>>().join(" ");
         let mut detail = Vec::new();
         match self.promise {
             Some(Promise { step, call }) => detail.push(format!("{call} had returned at step {step}")),
@@ -374,7 +370,10 @@ impl Directory {
             NameChange::Rename { from, to } => format!("  step {step}: rename f{from} to f{to}"),
             NameChange::Unlink { name } => format!("  step {step}: unlink f{name}"),
         }));
-        Err(Wrong { what: "its names are those of no state that it has had since it was last synced".to_owned(), detail })
+        Err(Wrong {
+            what: "its names are those of no state that it has had since it was last synced".to_owned(),
+            detail,
+        })
     }
 }
 

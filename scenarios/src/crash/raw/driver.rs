@@ -120,7 +120,10 @@ impl<'a> Driver<'a> {
             self.reap(1)?;
             looks = if self.client.in_flight() < before { 0 } else { looks + 1 };
             if looks > DRAIN_LOOKS {
-                return Err(Failure::Hang(format!("{before} operations did not end within {:?}", LOOK_AROUND * looks)));
+                return Err(Failure::Hang(format!(
+                    "{before} operations did not end within {:?}",
+                    LOOK_AROUND * looks
+                )));
             }
         }
         Ok(())

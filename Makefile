@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
+.PHONY: help torture probe crash sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device confusion lint bench release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ torture: release ## Torture a ublk device: seeded random I/O, every byte verifie
 
 probe: release ## Check step by step that both sides of the stack agree
 	$(RUN) -- $(TORTURE) probe --report $(REPORTS)/probe $(ARGS)
+
+crash: release ## Power cuts: what was flushed and fsynced is there, on the raw device, on ext4 and on XFS
+	$(RUN) -- $(TORTURE) crash --report $(REPORTS)/crash $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)

@@ -4,6 +4,7 @@ mod capabilities;
 mod client;
 mod close;
 mod control;
+mod crash;
 mod disk;
 mod errnos;
 mod faults;
@@ -35,6 +36,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         orphans::cases(),
         scenarios::cases(),
         torture::cases(),
+        crash::cases(),
     ]
     .into_iter()
     .flatten()

@@ -71,7 +71,7 @@ pub struct Args {
         overrides_with = "on"
     )]
     on: Vec<Part>,
-    /// How often the power is cut in each part; of the raw device ten times as often
+    /// How often the power is cut in each part; of the raw device four times as often
     #[arg(
         long,
         value_name = "N",
@@ -187,7 +187,7 @@ impl Args {
     fn one(&self, context: &mut Context, part: Part, seed: Seed) -> Result<(), Failure> {
         let plan = Plan { seed, cuts: self.cuts, images: self.images };
         match part {
-            Part::Raw => raw::check(context, &self.target, &Plan { cuts: plan.cuts * 10, ..plan }),
+            Part::Raw => raw::check(context, &self.target, &Plan { cuts: plan.cuts * 4, ..plan }),
             Part::Ext4 => files::check(context, &self.target, &files::EXT4, &plan),
             Part::Ext4Journal => files::check(context, &self.target, &files::EXT4_JOURNAL, &plan),
             Part::Xfs => files::check(context, &self.target, &files::XFS, &plan),

@@ -110,20 +110,19 @@ fn on_device(
 ) -> Result<(), Failure> {
     let s = Duration::from_secs;
     let seed = plan.seed.derive(kind.name, 0);
-    let content = Content::new(seed.derive("content", 0).get());
+    let marks = Content::new(seed.derive("content", 0).get());
     let mounted = context.step(&step("mkfs and mount"), s(240), |_| {
         tool(kind.mkfs, &target.path())?;
         Mounted::mount_as(&target.path(), kind.kernel_name, kind.mount_options)
     })?;
-    let used =
-        context.step(&step("directories"), s(60), |_| directories(mounted.path(), content)).and_then(|places| {
-            (0..plan.cuts).try_for_each(|number| {
-                let limit = s(180 * (1 + plan.images));
-                context.step(&step(&format!("cut {}", number + 1)), limit, |context| {
-                    one_cut(context, args, kind, plan, target, &places, content, seed.derive("cut", number))
-                })
+    let used = context.step(&step("directories"), s(60), |_| directories(mounted.path(), marks)).and_then(|places| {
+        (0..plan.cuts).try_for_each(|number| {
+            let limit = s(180 * (1 + plan.images));
+            context.step(&step(&format!("cut {}", number + 1)), limit, |context| {
+                one_cut(context, args, kind, plan, target, &places, marks, (number, seed.derive("cut", number)))
             })
-        });
+        })
+    });
     // On a device that fails, this may take its time.
     let unmounted = context.always(&step("unmount"), s(120), |_| mounted.unmount());
     used.and(unmounted)
@@ -136,9 +135,9 @@ fn tool(command: &[&str], device: &Path) -> Result<(), Failure> {
 }
 
 /// Makes the workers' directories, durably.
-fn directories(root: &Path, content: Content) -> Result<Vec<Place>, Failure> {
+fn directories(root: &Path, marks: Content) -> Result<Vec<Place>, Failure> {
     let broken = |error: &std::io::Error| Failure::io("make and sync the directories", error);
-    let places: Result<Vec<_>, _> = (0..WORKERS).map(|worker| Place::make(root, worker, content)).collect();
+    let places: Result<Vec<_>, _> = (0..WORKERS).map(|worker| Place::make(root, worker, marks)).collect();
     let places = places.map_err(|error| broken(&error))?;
     let root = File::open(root).map_err(|error| broken(&error))?;
     syncfs(&root).map_err(|errno| broken(&errno.into()))?;
@@ -153,11 +152,13 @@ fn one_cut(
     plan: &Plan,
     target: &Target,
     places: &[Place],
-    content: Content,
-    seed: Seed,
+    marks: Content,
+    (number, seed): (u64, Seed),
 ) -> Result<(), Failure> {
     let mut rng = seed.rng();
-    let (snapshot, mut first) = snapshot(context, target, places, seed, &mut rng)?;
+    // The first one always has to, and a run of one cut says something.
+    let may_take_nothing = number > 0 && rng.chance(1, 4);
+    let (snapshot, mut first) = snapshot(context, target, places, seed, may_take_nothing, &mut rng)?;
     let mut told = Vec::new();
     for image in 0..plan.images {
         if context.interruption().came() {
@@ -168,7 +169,7 @@ fn one_cut(
             None => snapshot.disk.crash(seed.derive("image", image))?,
         };
         cut::count(context, kind.name, &report);
-        look_at(context, args, kind, &snapshot.promised, content, &disk, &report)?;
+        look_at(context, args, kind, &snapshot.promised, marks, &disk, &report)?;
         disk.forget()?;
         told.push(format!("{}/{}", report.cut.lost + report.cut.torn, report.unflushed));
     }
@@ -184,9 +185,9 @@ fn snapshot(
     target: &Target,
     places: &[Place],
     seed: Seed,
+    may_take_nothing: bool,
     rng: &mut SeededRng,
 ) -> Result<(Snapshot, Option<(Storage, CutReport)>), Failure> {
-    let may_take_nothing = rng.chance(1, 4);
     for attempt in 0.. {
         let moment =
             if may_take_nothing { Moment::Durable(rng.within(1..=8)) } else { cut::moment(rng, REQUESTS_MAX) };
@@ -253,14 +254,14 @@ fn look_at(
     args: &TargetArgs,
     kind: &Kind,
     promised: &[Directory],
-    content: Content,
+    marks: Content,
     disk: &Storage,
     report: &CutReport,
 ) -> Result<(), Failure> {
     // What took part in the crash is gone; what looks at its traces is sound.
     let args = TargetArgs { backend: BackendKind::Medium, mutant: None, ..args.clone() };
     let target = args.serve(context, disk)?;
-    let looked = look::at(context, kind, promised, content, &target);
+    let looked = look::at(context, kind, promised, marks, &target);
     let closed = target.close(context);
     looked.map_err(|failure| with_cut(failure, kind, report)).and(closed)
 }

@@ -8,11 +8,13 @@ use crate::sector::SECTOR;
 /// What is copied when one of two images that share it changes.
 const PIECE: usize = 32 << 10;
 
+/// `None` for zeroes.
+type Piece = Option<Arc<Vec<u8>>>;
+
 /// The bytes of a disk. A copy costs a pointer for each piece, and zeroes cost nothing.
 #[derive(Clone)]
 pub(super) struct Image {
-    /// `None` for zeroes.
-    pieces: Vec<Option<Arc<Vec<u8>>>>,
+    pieces: Vec<Piece>,
 }
 
 /// A part of a range that is in one piece.
@@ -87,7 +89,7 @@ impl Image {
     pub(super) fn differing_sectors(&self, other: &Self) -> u64 {
         let zeroes = [0; SECTOR];
         let pairs = self.pieces.iter().zip(&other.pieces);
-        let count = |(one, two): (&Option<Arc<Vec<u8>>>, &Option<Arc<Vec<u8>>>)| match (one, two) {
+        let count = |(one, two): (&Piece, &Piece)| match (one, two) {
             (None, None) => 0,
             (Some(one), Some(two)) if Arc::ptr_eq(one, two) => 0,
             (Some(one), Some(two)) => {

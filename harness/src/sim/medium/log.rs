@@ -197,7 +197,7 @@ impl Log {
         unit: u64,
         rng: &mut SeededRng,
         mut land: impl FnMut(&Change, Range<u64>, &[u8]),
-        mut lost: impl FnMut(Loss),
+        mut tell: impl FnMut(Loss),
     ) -> Cut {
         let mode = [CutMode::Nothing, CutMode::All, CutMode::Changes, CutMode::Units, CutMode::Prefix]
             [rng.below(5) as usize];
@@ -231,7 +231,7 @@ impl Log {
                             cut.kept += u64::from(kept == units);
                             cut.lost += u64::from(kept == 0);
                             if kept != units {
-                                lost(loss(change, number, kept_bytes));
+                                tell(loss(change, number, kept_bytes));
                             }
                             number += 1;
                             continue;
@@ -240,7 +240,7 @@ impl Log {
                 if whole {
                     land(change, change.range(), &half.data);
                 } else {
-                    lost(loss(change, number, 0));
+                    tell(loss(change, number, 0));
                 }
                 cut.kept += u64::from(whole && !change.through);
                 cut.lost += u64::from(!whole);

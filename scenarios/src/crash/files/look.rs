@@ -22,7 +22,7 @@ pub(super) fn at(
     context: &Context,
     kind: &Kind,
     promised: &[Directory],
-    content: Content,
+    marks: Content,
     target: &Target,
 ) -> Result<(), Failure> {
     let log = KernelLog::from_here();
@@ -36,7 +36,7 @@ pub(super) fn at(
     };
     context.evidence().add("journals_replayed", replayed.into());
     let compared =
-        promised.iter().try_for_each(|directory| look_into(context, kind, directory, content, mounted.path()));
+        promised.iter().try_for_each(|directory| look_into(context, kind, directory, marks, mounted.path()));
     let unmounted = mounted.unmount();
     compared.and(unmounted)?;
     tool(kind.fsck, &target.path())?;
@@ -48,7 +48,7 @@ fn look_into(
     context: &Context,
     kind: &Kind,
     directory: &Directory,
-    content: Content,
+    marks: Content,
     root: &Path,
 ) -> Result<(), Failure> {
     let name = Place::name(directory.worker);
@@ -57,7 +57,7 @@ fn look_into(
     let possible = directory.judge_names(&found).map_err(|wrong| broke(&name, wrong))?;
     let mut first_wrong = None;
     for names in &possible {
-        match look_at_files(directory, names, content, &path) {
+        match look_at_files(directory, names, marks, &path) {
             Ok(looked) => {
                 let evidence = context.evidence();
                 evidence.add("names_judged", names.len() as u64);
@@ -95,7 +95,7 @@ struct Looked {
     judged: Judged,
 }
 
-fn look_at_files(directory: &Directory, names: &Names, content: Content, path: &Path) -> Result<Looked, Failure> {
+fn look_at_files(directory: &Directory, names: &Names, marks: Content, path: &Path) -> Result<Looked, Failure> {
     let mut looked = Looked::default();
     for (name, id) in names {
         let file = directory
@@ -104,7 +104,7 @@ fn look_at_files(directory: &Directory, names: &Names, content: Content, path: &
         let shown = format!("{}/{} (file {id:#x})", Place::name(directory.worker), file_name(*name));
         let bytes = fs::read(path.join(file_name(*name)))
             .map_err(|error| Failure::broke("durable", format!("{shown} cannot be read: {error}")))?;
-        let Judged { bytes, promised_bytes } = file.judge(content, &bytes).map_err(|wrong| broke(&shown, wrong))?;
+        let Judged { bytes, promised_bytes } = file.judge(marks, &bytes).map_err(|wrong| broke(&shown, wrong))?;
         looked.files += 1;
         looked.promised += u64::from(file.is_promised());
         looked.judged.bytes += bytes;

@@ -148,9 +148,9 @@ impl<'a> Driver<'a> {
     fn end(&mut self, slot: u16, flight: Flight, result: io::Result<usize>) -> Result<(), Failure> {
         let Flight { kind, range, ticket } = flight;
         let len = range.len_bytes() as usize;
-        let moves = matches!(kind, OpKind::Read | OpKind::Write | OpKind::WriteFua);
+        let has_data = matches!(kind, OpKind::Read | OpKind::Write | OpKind::WriteFua);
         let whole = match result {
-            Ok(moved) if moves && moved != len => Err(format!("moved only {moved} bytes")),
+            Ok(moved) if has_data && moved != len => Err(format!("moved only {moved} bytes")),
             Ok(_) => Ok(()),
             Err(_) if self.out => {
                 self.ledger.end(ticket, Outcome::Unknown);

@@ -36,6 +36,8 @@ const WORKERS: u32 = 3;
 const REQUESTS_MAX: u64 = 120;
 /// How often a cut is drawn anew that took nothing away.
 const DRAWS: u64 = 6;
+/// And how often another moment is.
+const ATTEMPTS: u64 = 30;
 /// How long it takes until everybody has heard that what they waited for is done.
 const TO_BE_HEARD: Duration = Duration::from_millis(30);
 /// A block of these file systems, which journals take to be written as a whole.
@@ -189,12 +191,16 @@ fn snapshot(
     rng: &mut SeededRng,
 ) -> Result<(Snapshot, Option<(Storage, CutReport)>), Failure> {
     for attempt in 0.. {
-        let moment =
-            if may_take_nothing { Moment::Durable(rng.within(1..=8)) } else { cut::moment(rng, REQUESTS_MAX) };
+        let moment = match attempt {
+            0 if may_take_nothing => Moment::Durable(rng.within(1..=8)),
+            0 => cut::moment(rng, REQUESTS_MAX),
+            // Behind what makes durable there is little to lose.
+            _ => Moment::Requests(rng.within(1..=REQUESTS_MAX)),
+        };
         let snapshot = under_load(context, target, places, seed.derive("work", attempt), moment)?;
         for draw in 0..DRAWS {
             let (disk, report) = snapshot.disk.crash(seed.derive("first image", draw))?;
-            if report.lost_sectors > 0 || may_take_nothing || attempt == DRAWS {
+            if report.lost_sectors > 0 || may_take_nothing || attempt == ATTEMPTS {
                 return Ok((snapshot, Some((disk, report))));
             }
             disk.forget()?;

@@ -19,8 +19,8 @@ const DRAIN_LOOKS: u32 = 240;
 /// How much is read at once to judge it, and how long an operation is at most: four times the largest that is drawn in one
 /// request.
 pub(super) const CHUNK: u64 = 256 << 10;
-/// The number of the reads that judge.
-const JUDGE: u32 = u32::MAX;
+/// Whose the reads are that judge: one more than there are workers.
+const JUDGE: u32 = super::WORKERS;
 
 /// An operation in flight.
 struct Flight {

@@ -66,6 +66,7 @@ const TIDIED: usize = 2;
 /// durable.flush_done(3);
 /// assert_eq!(durable.survivors(0), [Content::Written(1)]);
 /// ```
+#[derive(Clone)]
 pub struct Durable {
     table: Table,
     initial: Content,

@@ -82,7 +82,7 @@ pub struct Ticket {
 }
 
 /// What each block of one region may hold.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Ledger {
     options: LedgerOptions,
     linear: Linear,
@@ -101,7 +101,7 @@ pub struct Ledger {
     recent: Recent,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Flight {
     /// 0 for none.
     began: Stamp,
@@ -315,6 +315,21 @@ impl Ledger {
             linear.reset(block, survivors, *now);
             after_cut.insert(block);
         });
+    }
+
+    /// What this ledger would be if the power was cut now: nobody knows how what is in flight ended. This one goes on as it
+    /// is, so that many things that a cut could leave can be held against one moment.
+    #[must_use]
+    pub fn crashed(&self) -> Self {
+        let mut crashed = self.clone();
+        for slot in 0..crashed.flights.len() {
+            if crashed.flights[slot].kind.is_some() {
+                let began = crashed.flights[slot].began;
+                crashed.end(Ticket { slot, began }, Outcome::Unknown);
+            }
+        }
+        crashed.power_cut();
+        crashed
     }
 
     /// How many operations are in flight.

@@ -60,7 +60,7 @@ use crate::stamp::Stamp;
 ///
 /// # Panics
 /// Every method does when a block is not below the number of blocks there are.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Linear {
     initial: Content,
     table: Table,

@@ -9,7 +9,7 @@ use std::ops::Range;
 const SEGMENT: usize = 1 << 13;
 
 /// Entries that are all [`Default`] until they are changed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Sparse<T> {
     len: u64,
     /// Empty where nothing was changed.

@@ -17,6 +17,7 @@ pub mod cli;
 mod clock;
 pub mod context;
 pub mod control;
+pub mod crash;
 mod dump;
 pub mod environment;
 pub mod external;

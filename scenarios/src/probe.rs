@@ -7,7 +7,7 @@
 mod device;
 mod external;
 pub(crate) mod filesystem;
-mod power;
+pub(crate) mod power;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -15,6 +15,7 @@ use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Args as _, Command, FromArgMatches, value_parser};
 use serde_json::{Value, json};
 use ublkit_harness::Planted;
+use ublkit_harness::script::Workload;
 
 use self::failed::Found;
 pub(crate) use self::failed::{BUNDLE, listed};
@@ -84,7 +85,33 @@ const PLANTS: &[Plant] = &[
     },
 ];
 
-/// The arguments of `torture --sim`, and so the scenario.
+/// What is tried on the simulated device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Tried {
+    /// Everything that may happen.
+    Torture,
+    /// Power cuts, and nothing else that goes wrong.
+    Crash,
+}
+
+impl Tried {
+    /// The name of the scenario.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Self::Torture => "torture",
+            Self::Crash => "crash",
+        }
+    }
+
+    const fn workload(self, ops: u64) -> Workload {
+        match self {
+            Self::Torture => Workload::everything(ops),
+            Self::Crash => Workload { cuts: true, ..Workload::ops(ops) },
+        }
+    }
+}
+
+/// The arguments of `torture --sim` and `crash --sim`, and so the scenario.
 #[derive(Clone, Debug, clap::Args)]
 pub struct Args {
     #[command(flatten)]
@@ -95,17 +122,25 @@ pub struct Args {
     /// How many trials run at once.
     #[arg(long)]
     threads: Option<u64>,
+    #[arg(skip = Tried::Torture)]
+    tried: Tried,
 }
 
 fn augment(command: Command) -> Command {
-    torture::Args::augment_args(command)
+    with_simulator(torture::Args::augment_args(command))
+}
+
+/// A command that takes a device, with the arguments for a simulated one.
+pub(crate) fn with_simulator(command: Command) -> Command {
+    command
         // Which bugs can be planted depends on where; that is looked at when it is known.
         .mut_arg("mutant", |arg| arg.value_parser(str::parse::<Planted>))
         .next_help_heading("Simulator")
         .arg(
-            Arg::new("sim").long("sim").action(ArgAction::SetTrue).help(
-                "Torture the simulated device: no root, no kernel with ublk. What --mutant does not say is drawn",
-            ),
+            Arg::new("sim")
+                .long("sim")
+                .action(ArgAction::SetTrue)
+                .help("Take the simulated device: no root, no kernel with ublk. What --mutant does not say is drawn"),
         )
         .arg(
             Arg::new("threads")
@@ -118,6 +153,14 @@ fn augment(command: Command) -> Command {
 }
 
 fn parse(matches: &ArgMatches) -> Result<Box<dyn Scenario>, clap::Error> {
+    parse_either::<torture::Args>(matches, Tried::Torture)
+}
+
+/// The scenario on a simulated device, or `S`.
+pub(crate) fn parse_either<S: Scenario + FromArgMatches + 'static>(
+    matches: &ArgMatches,
+    tried: Tried,
+) -> Result<Box<dyn Scenario>, clap::Error> {
     if matches.get_flag("sim") {
         let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
         let ids: Vec<&str> = matches.ids().map(clap::Id::as_str).collect();
@@ -128,10 +171,10 @@ fn parse(matches: &ArgMatches) -> Result<Box<dyn Scenario>, clap::Error> {
                 ErrorKind::ArgumentConflict,
                 format!("--{} is not for --sim, where the device and the workload are drawn", id.replace('_', "-")),
             )),
-            None => Ok(Box::new(Args::from_arg_matches(matches)?)),
+            None => Ok(Box::new(Args { tried, ..Args::from_arg_matches(matches)? })),
         };
     }
-    let args = torture::Args::from_arg_matches(matches)?;
+    let args = S::from_arg_matches(matches)?;
     if let Some(planted) = matches.get_one::<Planted>("mutant") {
         parse_planted(&planted.to_string()).map_err(|why| {
             wrong(ErrorKind::ValueValidation, format!("invalid value '{planted}' for --mutant: {why}; or use --sim"))
@@ -185,10 +228,10 @@ impl Scenario for Args {
         // A number of operations alone means no limit of time.
         let duration = context.duration().or_else(|| context.ops().is_none().then_some(DEFAULT_DURATION));
         let limits = Limits { until: duration.map(|duration| Instant::now() + duration), ops: context.ops() };
-        let trials = Trials::new(context.seed(), self.mutant, limits);
+        let trials = Trials::new(context.seed(), self.mutant, limits, self.tried);
         let deadline = duration.map_or(Duration::from_secs(24 * 3600), |duration| duration + DRAIN);
         let mut found = None;
-        let tortured = context.step("torture", deadline, |context| {
+        let tortured = context.step(self.tried.name(), deadline, |context| {
             found = trials.run(self.threads(), context)?;
             match &found {
                 Some(found) => Err(found.failure()),
@@ -216,8 +259,9 @@ impl Args {
             ("verified_bytes", 64 << 10),
             ("overlaps", 1),
             ("power_cuts_in_flight", 1),
-            ("kills", 1),
-            ("injections", 1),
+            ("changes_lost", u64::from(self.tried == Tried::Crash)),
+            ("kills", u64::from(self.tried == Tried::Torture)),
+            ("injections", u64::from(self.tried == Tried::Torture)),
             ("mutant_hits", u64::from(self.mutant.is_some())),
         ] {
             context.evidence().require(name, minimum);
@@ -230,12 +274,13 @@ impl Args {
         context.note(failed::in_words(&smaller));
         let ops = found.ops_until();
         let planted = self.mutant.map_or(String::new(), |planted| format!("--mutant {planted} "));
-        let repro = format!("ublk-torture torture --sim {planted}--seed {} --ops {ops}", context.seed());
+        let repro =
+            format!("ublk-torture {} --sim {planted}--seed {} --ops {ops}", self.tried.name(), context.seed());
         let Some(dir) = context.report_dir() else {
             context.note("give --report DIR, and the script is kept there as a bundle that can be replayed");
             return Ok(());
         };
-        let dir = found.save(smaller, dir, repro)?;
+        let dir = found.save(smaller, dir, self.tried, repro)?;
         context.note(format!("kept as a bundle; to see it again: ublk-torture replay {}", dir.display()));
         context.detail(dir.display().to_string());
         Ok(())

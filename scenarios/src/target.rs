@@ -16,13 +16,13 @@ use ublkit::{Backend, Geometry, backends};
 use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::mutant::{OnDevice, Planted};
 use ublkit_harness::observe::Counts;
-use ublkit_harness::sim::medium::{Medium, MediumDisk, MediumOptions};
-use ublkit_harness::{DiscardPromise, Evidence};
+use ublkit_harness::sim::medium::{CutReport, Medium, MediumDisk, MediumOptions};
+use ublkit_harness::{DiscardPromise, Evidence, Seed};
 
 use crate::context::Context;
 use crate::flush_trace::{Recording, Tracing};
 use crate::scenario::Failure;
-use crate::server::{Hang, Lie, Served, Server, Status, Testimony};
+use crate::server::{Hang, Lie, Moment, Served, Server, Status, Testimony};
 use crate::torture::outage::Outage;
 use crate::units::{parse_bytes, parse_bytes_u32};
 
@@ -321,7 +321,34 @@ impl Storage {
     /// As [`read_at`](Self::read_at).
     pub fn copy<T>(&self, then: impl FnOnce() -> T) -> Result<(T, Self), Failure> {
         let (then, index) = self.server.copy(self.index, then)?;
-        Ok((then, Self { server: Arc::clone(&self.server), index }))
+        Ok((then, self.other(index)))
+    }
+
+    /// Stops requests on their way to the disk from a moment on, calls `then`, and copies the disk as it is, its cache
+    /// included. The moment is now when `patience` is over.
+    pub(crate) fn fork<T>(
+        &self,
+        moment: Moment,
+        patience: Duration,
+        then: impl FnOnce() -> T,
+    ) -> Result<(T, Self), Failure> {
+        let (then, index) = self.server.fork(self.index, moment, patience, then)?;
+        Ok((then, self.other(index)))
+    }
+
+    /// What a power cut now could leave of the disk, which stays as it is.
+    pub(crate) fn crash(&self, seed: Seed) -> Result<(Self, CutReport), Failure> {
+        let (index, report) = self.server.crash(self.index, seed)?;
+        Ok((self.other(index), report))
+    }
+
+    /// Gives its memory back. Nobody may use it any more.
+    pub(crate) fn forget(self) -> Result<(), Failure> {
+        self.server.forget(self.index)
+    }
+
+    fn other(&self, index: usize) -> Self {
+        Self { server: Arc::clone(&self.server), index }
     }
 }
 
@@ -402,8 +429,8 @@ impl Target {
     }
 
     /// Cuts the power, or ends the server: from now on every request fails, and whatever was between kernel and storage is
-    /// gone. Returns when nothing is under way any more.
-    pub(crate) fn kill(&self, outage: Outage) -> Result<(), Failure> {
+    /// gone. Returns when nothing is under way any more, and what a power cut took from a disk.
+    pub(crate) fn kill(&self, outage: Outage) -> Result<Option<CutReport>, Failure> {
         self.storage.server.kill(&self.served, outage)
     }
 

@@ -44,7 +44,7 @@ struct Lumps {
 }
 
 /// The versions of one block.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Slot {
     pub(super) block: u64,
     /// Whether the queue of slots to look at again has it.

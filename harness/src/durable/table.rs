@@ -9,6 +9,7 @@ use super::cell::Cell;
 const SEGMENT: usize = 1 << 12;
 
 /// The cells.
+#[derive(Clone)]
 pub(super) struct Table {
     blocks: u64,
     /// One more than the place of the segment in `segments`; 0 where nothing was touched.

@@ -12,7 +12,7 @@ use crate::sector::{Generation, previous_generation};
 const TOLD: usize = 16;
 
 /// The last operations in the order in which they began, oldest overwritten first.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Recent {
     ring: Vec<Entry>,
     capacity: usize,

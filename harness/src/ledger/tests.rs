@@ -368,3 +368,38 @@ fn a_torn_block_is_torn_unless_races_may_tear() {
         );
     }
 }
+
+/// A write that is in flight and one that was acknowledged may be there or not, a flushed one is there; and the ledger itself
+/// goes on as if nothing had happened.
+#[test]
+fn a_crashed_copy_allows_what_a_cut_now_could_leave() {
+    let mut ledger = Ledger::new(options(1, true));
+    let place = |block: u64| SectorRange::new(3 + block, 1);
+    let write = |ledger: &mut Ledger, index, block| {
+        let mut payload = vec![0; SECTOR];
+        let id = OpId { worker: 0, index };
+        (ledger.begin(id, OpKind::Write, place(block), &mut payload), payload)
+    };
+    let (flushed, kept) = write(&mut ledger, 0, 0);
+    ledger.end(flushed, Outcome::Done);
+    let flush = ledger.begin(OpId { worker: 0, index: 1 }, OpKind::Flush, SectorRange::default(), &mut []);
+    ledger.end(flush, Outcome::Done);
+    let (acknowledged, second) = write(&mut ledger, 2, 1);
+    ledger.end(acknowledged, Outcome::Done);
+    let (in_flight, third) = write(&mut ledger, 3, 2);
+
+    let found = |ledger: &Ledger, block: u64, data: &[u8]| {
+        let mut crashed = ledger.crashed();
+        let read = crashed.begin(OpId { worker: 1, index: 0 }, OpKind::Read, place(block), &mut []);
+        crashed.end_read(read, data).is_ok()
+    };
+    let zeroes = vec![0; SECTOR];
+    assert!(found(&ledger, 0, &kept) && !found(&ledger, 0, &zeroes));
+    assert!(found(&ledger, 1, &second) && found(&ledger, 1, &zeroes) && !found(&ledger, 1, &third));
+    assert!(found(&ledger, 2, &third) && found(&ledger, 2, &zeroes));
+
+    assert_eq!(ledger.in_flight(), 1);
+    ledger.end(in_flight, Outcome::Done);
+    let read = ledger.begin(OpId { worker: 1, index: 0 }, OpKind::Read, place(2), &mut []);
+    ledger.end_read(read, &zeroes).expect_err("the write was acknowledged");
+}

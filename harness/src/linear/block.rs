@@ -92,7 +92,7 @@ pub(super) enum Sweep {
 }
 
 /// A block that something in flight changes, or that may hold one of several contents.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Block {
     pub(super) number: u64,
     /// The newest generation that a write began with.

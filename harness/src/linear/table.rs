@@ -81,7 +81,7 @@ impl Entry {
 }
 
 /// The entries, by block.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Table {
     blocks: u64,
     /// Which segment there is, plus one; 0 where nothing was touched.

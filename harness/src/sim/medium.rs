@@ -7,6 +7,7 @@
 //! A change that is made durable on its own stays in the log, marked: older changes of the same place come before it, so
 //! that whichever of them survive do not cover it.
 
+mod image;
 mod log;
 #[cfg(test)]
 mod tests;
@@ -17,10 +18,12 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 
+use self::image::Image;
 use self::log::{Change, Log};
-pub use self::log::{Cut, CutMode};
+pub use self::log::{Cut, CutMode, Loss};
 use crate::seed::SeededRng;
 
 /// What a medium is made of.
@@ -34,7 +37,22 @@ pub struct MediumOptions {
     pub atomic_bytes: u32,
 }
 
+/// What a power cut did, in full.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutReport {
+    /// How it was drawn, and how many changes it took.
+    pub cut: Cut,
+    /// How many changes were not durable when it came, give or take those that were made durable on their own.
+    pub unflushed: u64,
+    /// Sectors that do not hold any more what reads returned before.
+    pub lost_sectors: u64,
+    /// The changes that were lost, or a part of them; the oldest first.
+    pub losses: Vec<Loss>,
+}
+
 /// A disk with a volatile write cache. Clones are the same disk; [`fork`](Self::fork) makes another.
+///
+/// It takes the memory that its content takes: pieces that are zeroes take none, and forks share what they have in common.
 #[derive(Clone)]
 pub struct Medium {
     options: MediumOptions,
@@ -45,9 +63,9 @@ pub struct Medium {
 
 #[derive(Clone)]
 struct Images {
-    current: Vec<u8>,
+    current: Image,
     /// Empty without a volatile cache: then it is the current one.
-    durable: Vec<u8>,
+    durable: Image,
     log: Log,
 }
 
@@ -56,8 +74,8 @@ impl Medium {
     #[must_use]
     pub fn new(options: MediumOptions) -> Self {
         let bytes = options.bytes as usize;
-        let durable = vec![0; if options.volatile_cache { bytes } else { 0 }];
-        let images = Images { current: vec![0; bytes], durable, log: Log::default() };
+        let durable = Image::new(if options.volatile_cache { bytes } else { 0 });
+        let images = Images { current: Image::new(bytes), durable, log: Log::default() };
         Self { options, images: Arc::new(Mutex::new(images)), connected: Arc::new(AtomicBool::new(true)) }
     }
 
@@ -73,7 +91,7 @@ impl Medium {
     /// Beyond the end.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let range = self.range(offset, buf.len() as u64)?;
-        buf.copy_from_slice(&self.images().current[range]);
+        self.images().current.read(buf, range.start);
         Ok(())
     }
 
@@ -134,17 +152,43 @@ impl Medium {
     /// them, or all up to a moment. What is there afterwards is durable.
     #[must_use]
     pub fn power_cut(&self, rng: &mut SeededRng) -> Cut {
+        self.cut(rng, |_| {})
+    }
+
+    /// [Cuts the power](Self::power_cut), and tells what that took.
+    #[must_use]
+    pub fn power_cut_told(&self, rng: &mut SeededRng) -> CutReport {
+        let (before, unflushed) = {
+            let images = self.images();
+            (images.current.clone(), images.log.len() as u64)
+        };
+        let mut losses = Vec::new();
+        let cut = self.cut(rng, |loss| losses.push(loss));
+        let lost_sectors = self.images().current.differing_sectors(&before);
+        CutReport { cut, unflushed, lost_sectors, losses }
+    }
+
+    /// What a power cut at this moment could leave: a disk of its own, with an empty cache. This one goes on as it is, so
+    /// that one moment can be had with many different losses.
+    #[must_use]
+    pub fn crash_image(&self, rng: &mut SeededRng) -> (Self, CutReport) {
+        let image = self.fork();
+        let report = image.power_cut_told(rng);
+        (image, report)
+    }
+
+    fn cut(&self, rng: &mut SeededRng, lost: impl FnMut(Loss)) -> Cut {
         let Images { current, durable, log } = &mut *self.images();
         if !self.options.volatile_cache {
             return Cut::default();
         }
         // The images differ in nothing but what is in the log.
-        log.each_range(|range| current[range.clone()].copy_from_slice(&durable[range]));
+        log.each_range(|range| current.copy_from(durable, range));
         let land = |change: &Change, range: Range<u64>, data: &[u8]| {
             change.put(durable, &range, data);
             change.put(current, &range, data);
         };
-        log.survive(u64::from(self.options.atomic_bytes.max(1)), rng, land)
+        log.survive(u64::from(self.options.atomic_bytes.max(1)), rng, land, lost)
     }
 
     /// A disk of its own with the same content, cache included.
@@ -178,7 +222,7 @@ impl Medium {
     fn write(&self, buf: &[u8], offset: u64, through: bool) -> io::Result<()> {
         let range = self.range(offset, buf.len() as u64)?;
         let Images { current, durable, log } = &mut *self.images();
-        current[range].copy_from_slice(buf);
+        current.write(buf, range.start);
         if self.options.volatile_cache {
             log.make_room(durable);
             log.push(offset, buf.len() as u64, Some(buf), through);
@@ -189,7 +233,7 @@ impl Medium {
     fn change_to_zero(&self, offset: u64, len: u64, through: bool) -> io::Result<()> {
         let range = self.range(offset, len)?;
         let Images { current, durable, log } = &mut *self.images();
-        current[range].fill(0);
+        current.zero(range);
         if self.options.volatile_cache {
             log.make_room(durable);
             log.push(offset, len, None, through);

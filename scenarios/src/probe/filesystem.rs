@@ -120,7 +120,7 @@ pub(super) fn mkfs(path: &Path) -> Result<(), Failure> {
 }
 
 /// Runs a program that has to succeed.
-fn run(tool: &str, args: &[&str]) -> Result<(), Failure> {
+pub(crate) fn run(tool: &str, args: &[&str]) -> Result<(), Failure> {
     let program = find_tool(tool, std::env::var_os("PATH").as_deref()).unwrap_or_else(|| tool.into());
     let output = Command::new(&program)
         .args(args)
@@ -390,6 +390,12 @@ pub(crate) struct Mounted {
 impl Mounted {
     /// Mounts the ext4 on `device` on a new directory of its own.
     pub(crate) fn mount(device: &Path) -> Result<Self, Failure> {
+        // A long commit interval keeps the journal's own timer out of what is counted.
+        Self::mount_as(device, "ext4", "commit=300,errors=remount-ro")
+    }
+
+    /// Mounts the file system on `device` on a new directory of its own.
+    pub(crate) fn mount_as(device: &Path, kind: &str, options: &str) -> Result<Self, Failure> {
         // Kept by hand: whatever is removed by itself must not be removed while something is mounted there.
         let dir = tempfile::Builder::new()
             .prefix("ublk-torture-mount-")
@@ -398,16 +404,15 @@ impl Mounted {
             .keep();
         let mut this = Self { dir, mounted: false };
         let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
-        // A long commit interval keeps the journal's own timer out of what is counted.
-        match mount(Some(device), &this.dir, Some("ext4"), flags, Some("commit=300,errors=remount-ro")) {
+        match mount(Some(device), &this.dir, Some(kind), flags, Some(options)) {
             Ok(()) => {
                 this.mounted = true;
                 Ok(this)
             }
-            Err(Errno::ENODEV) => Err(Failure::Environment(
-                "this kernel has no ext4: load it with `modprobe ext4`, or use a kernel that has it".to_owned(),
-            )),
-            Err(errno) => Err(Failure::io(format_args!("mount {}", device.display()), &errno.into())),
+            Err(Errno::ENODEV) => Err(Failure::Environment(format!(
+                "this kernel has no {kind}: load it with `modprobe {kind}`, or use a kernel that has it"
+            ))),
+            Err(errno) => Err(Failure::io(format_args!("mount the {kind} on {}", device.display()), &errno.into())),
         }
     }
 

@@ -151,7 +151,7 @@ fn look(context: &Context, target: &Target, synced: &[Synced]) -> Result<(), Fai
 
 /// Whether an ext4, of which this is the first block, says that its journal has to be replayed: bit 2 of the incompatible
 /// features in the superblock (`EXT4_FEATURE_INCOMPAT_RECOVER`, `fs/ext4/ext4.h`).
-fn needs_replay(block: &[u8]) -> bool {
+pub(crate) fn needs_replay(block: &[u8]) -> bool {
     block.get(1024 + 0x60).is_some_and(|features| features & 4 != 0)
 }
 

@@ -4,8 +4,9 @@ use std::io::{self, BufRead, Write};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use ublkit::{Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
+use ublkit::{Backend, Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
 use ublkit_harness::Seed;
+use ublkit_harness::sim::medium::{Medium, MediumDisk};
 
 use super::freezer::Freezer;
 use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
@@ -27,7 +28,8 @@ struct Serving {
 /// The server.
 #[derive(Default)]
 struct Server {
-    storages: Vec<Storage>,
+    /// None for those that were to be forgotten.
+    storages: Vec<Option<Storage>>,
     devices: Vec<Option<Serving>>,
     in_flight: InFlight,
     /// What this process had before its first device.
@@ -110,9 +112,24 @@ impl Server {
                 read.map_err(|error| Failure::Environment(format!("failed to read the storage: {error}")))?;
                 return Ok((Reply::Bytes(len), bytes));
             }
-            Call::Freeze { storage } => {
-                self.storage(storage)?.freeze();
+            Call::Freeze { storage, moment, patience_ms } => {
+                self.storage(storage)?.freeze(moment, Duration::from_millis(patience_ms));
                 Reply::Frozen
+            }
+            Call::ForkAndThaw { storage } => {
+                let fork = self.disk(storage).map(|(medium, geometry)| (medium.fork(), geometry));
+                self.storage(storage)?.thaw();
+                let (medium, geometry) = fork?;
+                Reply::Copied { storage: self.keep_disk(medium, geometry) }
+            }
+            Call::Crash { storage, seed } => {
+                let (medium, geometry) = self.disk(storage)?;
+                let (medium, report) = medium.crash_image(&mut seed.rng());
+                Reply::Crashed { storage: self.keep_disk(medium, geometry), report }
+            }
+            Call::Forget { storage } => {
+                *self.storages.get_mut(storage).ok_or_else(|| unknown("storage"))? = None;
+                Reply::Forgotten
             }
             Call::CopyAndThaw { storage } => {
                 let frozen = self.storage(storage)?;
@@ -122,10 +139,7 @@ impl Server {
                     copy.map_err(|error| Failure::Environment(format!("failed to copy the storage: {error}")))?;
                 Reply::Copied { storage: self.keep(Made::of(copy)) }
             }
-            Call::Kill { device, outage } => {
-                self.device(device)?.stack.kill(outage);
-                Reply::Dead
-            }
+            Call::Kill { device, outage } => Reply::Dead(self.device(device)?.stack.kill(outage)),
             Call::Revive { device } => {
                 self.device(device)?.stack.revive();
                 Reply::Alive
@@ -148,7 +162,17 @@ impl Server {
     }
 
     fn storage(&self, index: usize) -> Result<&Arc<Freezer>, Failure> {
-        self.storages.get(index).map(|storage| &storage.freezer).ok_or_else(|| unknown("storage"))
+        self.kept(index).map(|storage| &storage.freezer)
+    }
+
+    fn kept(&self, index: usize) -> Result<&Storage, Failure> {
+        self.storages.get(index).and_then(Option::as_ref).ok_or_else(|| unknown("storage"))
+    }
+
+    fn disk(&self, index: usize) -> Result<(&Medium, Geometry), Failure> {
+        let Storage { freezer, medium } = self.kept(index)?;
+        let medium = medium.as_ref().ok_or_else(|| unknown("disk"))?;
+        Ok((medium, freezer.geometry()))
     }
 
     fn device(&self, index: usize) -> Result<&Serving, Failure> {
@@ -156,8 +180,13 @@ impl Server {
     }
 
     fn keep(&mut self, made: Made) -> usize {
-        self.storages.push(Storage { freezer: Arc::new(Freezer::new(made.backend)), medium: made.medium });
+        self.storages.push(Some(Storage { freezer: Arc::new(Freezer::new(made.backend)), medium: made.medium }));
         self.storages.len() - 1
+    }
+
+    fn keep_disk(&mut self, medium: Medium, geometry: Geometry) -> usize {
+        let backend = Arc::new(MediumDisk::new(medium.clone(), geometry));
+        self.keep(Made { backend, medium: Some(medium) })
     }
 
     fn serve(&mut self, args: &TargetArgs, seed: Seed, storage: Option<usize>) -> Result<Served, Failure> {
@@ -165,7 +194,7 @@ impl Server {
             Some(storage) => storage,
             None => self.keep(args.storage()?),
         };
-        let below = self.storages.get(storage).ok_or_else(|| unknown("storage"))?.clone();
+        let below = self.kept(storage)?.clone();
         if self.devices.iter().all(Option::is_none) {
             self.before = Some(Inventory::take());
         }
@@ -213,7 +242,7 @@ impl Server {
 
     /// Closes what is left, as nobody waits for it any more.
     fn end(self) {
-        for storage in &self.storages {
+        for storage in self.storages.iter().flatten() {
             storage.freezer.thaw();
         }
         for serving in self.devices.into_iter().flatten() {

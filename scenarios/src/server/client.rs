@@ -11,10 +11,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use ublkit::{Controller, ErrorKind};
 use ublkit_harness::fault::FaultPlan;
-use ublkit_harness::{Event, EventSink};
+use ublkit_harness::sim::medium::CutReport;
+use ublkit_harness::{Event, EventSink, Seed};
 
 use super::ARGUMENT;
-use super::protocol::{Call, Closing, Reply, Served, Status};
+use super::protocol::{Call, Closing, Moment, Reply, Served, Status};
 use super::witness::Testimony;
 use crate::context::Context;
 use crate::flush_trace::Recording;
@@ -218,7 +219,7 @@ impl Server {
     pub(crate) fn serve(
         &self,
         args: &TargetArgs,
-        seed: ublkit_harness::Seed,
+        seed: Seed,
         storage: Option<usize>,
     ) -> Result<(Served, usize), Failure> {
         match self.call(&Call::Serve { args: args.clone(), seed, storage })? {
@@ -241,10 +242,7 @@ impl Server {
 
     /// Lets no request through to a storage, calls `then`, and copies the storage. Returns the copy.
     pub(crate) fn copy<T>(&self, storage: usize, then: impl FnOnce() -> T) -> Result<(T, usize), Failure> {
-        match self.call(&Call::Freeze { storage })? {
-            Reply::Frozen => {}
-            other => return Err(unexpected(&other)),
-        }
+        self.freeze(storage, Moment::Now, Duration::ZERO)?;
         let then = then();
         match self.call(&Call::CopyAndThaw { storage })? {
             Reply::Copied { storage } => Ok((then, storage)),
@@ -252,10 +250,51 @@ impl Server {
         }
     }
 
-    /// Lets every request fail, and drops whatever is between kernel and storage.
-    pub(crate) fn kill(&self, served: &Served, outage: Outage) -> Result<(), Failure> {
+    /// From a moment on, lets no request through to a disk, calls `then`, and copies the disk with its cache. Returns the
+    /// copy. The moment is now when `patience` is over.
+    pub(crate) fn fork<T>(
+        &self,
+        storage: usize,
+        moment: Moment,
+        patience: Duration,
+        then: impl FnOnce() -> T,
+    ) -> Result<(T, usize), Failure> {
+        self.freeze(storage, moment, patience)?;
+        let then = then();
+        match self.call(&Call::ForkAndThaw { storage })? {
+            Reply::Copied { storage } => Ok((then, storage)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    fn freeze(&self, storage: usize, moment: Moment, patience: Duration) -> Result<(), Failure> {
+        let patience_ms = patience.as_millis() as u64;
+        match self.call(&Call::Freeze { storage, moment, patience_ms })? {
+            Reply::Frozen => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What a power cut could leave of a disk, as another storage.
+    pub(crate) fn crash(&self, storage: usize, seed: Seed) -> Result<(usize, CutReport), Failure> {
+        match self.call(&Call::Crash { storage, seed })? {
+            Reply::Crashed { storage, report } => Ok((storage, report)),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Gives back the memory of a storage that is used no more.
+    pub(crate) fn forget(&self, storage: usize) -> Result<(), Failure> {
+        match self.call(&Call::Forget { storage })? {
+            Reply::Forgotten => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Lets every request fail, and drops whatever is between kernel and storage. Returns what a power cut took from a disk.
+    pub(crate) fn kill(&self, served: &Served, outage: Outage) -> Result<Option<CutReport>, Failure> {
         match self.call(&Call::Kill { device: served.device, outage })? {
-            Reply::Dead => Ok(()),
+            Reply::Dead(report) => Ok(report),
             other => Err(unexpected(&other)),
         }
     }

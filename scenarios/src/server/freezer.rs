@@ -2,8 +2,11 @@
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags, backends};
+
+use super::protocol::Moment;
 
 /// How much is copied at a time.
 const COPY_BYTES: usize = 1 << 20;
@@ -20,6 +23,24 @@ pub(super) struct Freezer {
 struct Gate {
     shut: bool,
     inside: usize,
+    /// When it is to be shut.
+    moment: Option<Moment>,
+}
+
+impl Gate {
+    /// A request goes in. Shuts the gate behind it if it is the last one.
+    fn enter(&mut self, durable: bool) {
+        self.inside += 1;
+        let left = match &mut self.moment {
+            Some(Moment::Requests(left)) => left,
+            Some(Moment::Durable(left)) if durable => left,
+            _ => return,
+        };
+        *left = left.saturating_sub(1);
+        if *left == 0 {
+            self.shut = true;
+        }
+    }
 }
 
 impl Freezer {
@@ -31,10 +52,17 @@ impl Freezer {
         self.gate.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when no request is inside and none gets in.
-    pub(super) fn freeze(&self) {
+    /// Returns when no request is inside and none gets in: once the moment has come, or when `patience` is over.
+    pub(super) fn freeze(&self, moment: Moment, patience: Duration) {
+        let deadline = Instant::now() + patience;
         let mut gate = self.gate();
+        gate.moment = Some(moment);
+        while !gate.shut && moment != Moment::Now {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else { break };
+            gate = self.changed.wait_timeout(gate, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
         gate.shut = true;
+        gate.moment = None;
         while gate.inside > 0 {
             gate = self.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
@@ -69,7 +97,7 @@ impl Freezer {
         self.inner.read_at(buf, offset)
     }
 
-    fn pass<T>(&self, request: impl FnOnce(&dyn Backend) -> io::Result<T>) -> io::Result<T> {
+    fn pass<T>(&self, durable: bool, request: impl FnOnce(&dyn Backend) -> io::Result<T>) -> io::Result<T> {
         /// Leaves however the request ends.
         struct Inside<'a>(&'a Freezer);
         impl Drop for Inside<'_> {
@@ -85,7 +113,7 @@ impl Freezer {
         while gate.shut {
             gate = self.changed.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
-        gate.inside += 1;
+        gate.enter(durable);
         drop(gate);
         let _inside = Inside(self);
         request(self.inner.as_ref())
@@ -98,36 +126,35 @@ impl Backend for Freezer {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.pass(|inner| inner.read_at(buf, offset))
+        self.pass(false, |inner| inner.read_at(buf, offset))
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        self.pass(|inner| inner.write_at(buf, offset, flags))
+        self.pass(flags.fua, |inner| inner.write_at(buf, offset, flags))
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.pass(Backend::flush)
+        self.pass(true, Backend::flush)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        self.pass(|inner| inner.discard(offset, len))
+        self.pass(false, |inner| inner.discard(offset, len))
     }
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
-        self.pass(|inner| inner.write_zeroes(offset, len, flags))
+        self.pass(flags.fua, |inner| inner.write_zeroes(offset, len, flags))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::time::Duration;
 
     #[test]
     fn a_copy_is_what_was_there_and_stays_so() {
         let freezer = Freezer::new(Arc::new(backends::Memory::new(3 << 20)));
         freezer.write_at(&[7; 512], (2 << 20) + 512, WriteFlags::NONE).expect("writes");
-        freezer.freeze();
+        freezer.freeze(Moment::Now, Duration::ZERO);
         let copy = freezer.copy().expect("copies");
         freezer.thaw();
         freezer.write_at(&[8; 512], (2 << 20) + 512, WriteFlags::NONE).expect("writes");
@@ -140,7 +167,7 @@ mod tests {
     #[test]
     fn no_request_passes_while_it_is_frozen() {
         let freezer = Arc::new(Freezer::new(Arc::new(backends::Memory::new(1 << 20))));
-        freezer.freeze();
+        freezer.freeze(Moment::Now, Duration::ZERO);
         let other = Arc::clone(&freezer);
         let writer = std::thread::spawn(move || other.write_at(&[1; 512], 0, WriteFlags::NONE));
         std::thread::sleep(Duration::from_millis(30));
@@ -151,5 +178,39 @@ mod tests {
         writer.join().expect("joins").expect("writes");
         freezer.peek(&mut found, 0).expect("peeks");
         assert_eq!(found, [1; 512]);
+    }
+
+    /// The gate shuts behind the request that was asked for, and not for ever if that one never comes.
+    #[test]
+    fn it_is_frozen_behind_the_request_that_was_asked_for() {
+        let freezer = Arc::new(Freezer::new(Arc::new(backends::Memory::new(1 << 20))));
+        // Two writes, a flush, two writes, a flush, …
+        for (moment, last) in [(Moment::Requests(3), 2), (Moment::Requests(4), 4), (Moment::Durable(2), 5)] {
+            let other = Arc::clone(&freezer);
+            let freezing = std::thread::spawn(move || other.freeze(moment, Duration::from_secs(20)));
+            while freezer.gate().moment.is_none() {
+                std::thread::yield_now();
+            }
+            let other = Arc::clone(&freezer);
+            let writer = std::thread::spawn(move || {
+                for number in 1..=8 {
+                    let request = || match number % 3 {
+                        0 => other.flush(),
+                        _ => other.write_at(&[number; 512], 0, WriteFlags::NONE),
+                    };
+                    request().expect("passes");
+                }
+            });
+            freezing.join().expect("freezes");
+            let mut found = [0; 512];
+            freezer.peek(&mut found, 0).expect("peeks");
+            assert_eq!(found, [last; 512], "{moment:?}");
+            freezer.thaw();
+            writer.join().expect("joins");
+        }
+        let begun = Instant::now();
+        freezer.freeze(Moment::Requests(1), Duration::from_millis(30));
+        assert!(begun.elapsed() >= Duration::from_millis(30) && freezer.gate().shut);
+        freezer.thaw();
     }
 }

@@ -24,7 +24,7 @@ pub(crate) use child::main;
 pub(crate) use client::{Server, adopt, forget, kill_all, note_gone, note_made, running_now, watch_over_device};
 pub(crate) use hang::{Hang, never_returns};
 pub(crate) use lies::Lie;
-pub(crate) use protocol::{Served, Status};
+pub(crate) use protocol::{Moment, Served, Status};
 pub(crate) use teller::ask;
 pub(crate) use witness::Testimony;
 

@@ -4,12 +4,24 @@ use serde::{Deserialize, Serialize};
 use ublkit_harness::Seed;
 use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::observe::Counts;
+use ublkit_harness::sim::medium::CutReport;
 
 use super::witness::Testimony;
 use crate::flush_trace::Recording;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
+
+/// When a storage stops letting requests through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Moment {
+    /// At once.
+    Now,
+    /// Behind so many more requests.
+    Requests(u64),
+    /// Behind so many more of those that make something durable: flushes and FUA writes.
+    Durable(u64),
+}
 
 /// What the loading process asks for.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -18,10 +30,16 @@ pub(super) enum Call {
     Serve { args: TargetArgs, seed: Seed, storage: Option<usize> },
     /// Bytes of a storage, past the device.
     Read { storage: usize, offset: u64, len: usize },
-    /// Let no request through to a storage.
-    Freeze { storage: usize },
+    /// Let no request through to a storage, from a moment on, or from when patience is over.
+    Freeze { storage: usize, moment: Moment, patience_ms: u64 },
     /// Copy a frozen storage into new memory, and let requests through again.
     CopyAndThaw { storage: usize },
+    /// Copy a frozen disk, its cache included, and let requests through again.
+    ForkAndThaw { storage: usize },
+    /// What a disk could be after a power cut, as another storage; it stays as it is itself.
+    Crash { storage: usize, seed: Seed },
+    /// Give the memory of a storage back that nobody serves or looks at any more.
+    Forget { storage: usize },
     /// Let every request to a device fail, and drop whatever is between the kernel and the storage; what a power cut loses
     /// is lost.
     Kill { device: usize, outage: Outage },
@@ -52,7 +70,8 @@ pub(super) enum Reply {
     /// So many bytes follow the line.
     Bytes(usize),
     Frozen,
-    Dead,
+    /// What the power cut took, if it was one and there was something to take.
+    Dead(Option<CutReport>),
     Alive,
     Switched,
     Held(u64),
@@ -61,6 +80,11 @@ pub(super) enum Reply {
     Copied {
         storage: usize,
     },
+    Crashed {
+        storage: usize,
+        report: CutReport,
+    },
+    Forgotten,
     Status(Status),
     Closed(Closing),
     Failed(Complaint),

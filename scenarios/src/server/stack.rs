@@ -12,7 +12,7 @@ use ublkit::{Backend, Geometry};
 use ublkit_harness::fault::{Effect, Errno, FaultPlan, Faults, Injection, Stage};
 use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
 use ublkit_harness::observe::{Counters, Counts};
-use ublkit_harness::sim::medium::Medium;
+use ublkit_harness::sim::medium::{CutReport, Medium};
 use ublkit_harness::sim::server::{PlainServer, Server};
 use ublkit_harness::{Mutant, Observed, Pattern, Seed, SeededRng};
 
@@ -191,8 +191,9 @@ impl Stack {
         self.bridge.as_ref().map(|bridge| bridge.opener(self.in_flight.clone(), self.hang.clone()))
     }
 
-    /// Fails every request from now on, and loses what an outage loses.
-    pub(super) fn kill(&self, outage: Outage) {
+    /// Fails every request from now on, and loses what an outage loses. Returns what that was.
+    pub(super) fn kill(&self, outage: Outage) -> Option<CutReport> {
+        let mut report = None;
         let why = match outage {
             Outage::PowerCut => Open::AfterPowerCut,
             Outage::Restart => Open::AfterKill,
@@ -202,13 +203,14 @@ impl Stack {
         let plot = self.plot.again(why, self.plot.medium.clone());
         self.socket.kill(|| {
             if let (Outage::PowerCut, Some(medium)) = (outage, &below.storage.medium) {
-                let _what_survived = medium.power_cut(&mut lock(&self.power));
+                report = Some(medium.power_cut_told(&mut lock(&self.power)));
             }
             below.plug(&plot)
         });
         if let Some(bridge) = &self.bridge {
             bridge.restart(why);
         }
+        report
     }
 
     /// Serves requests again.

@@ -8,6 +8,7 @@ use ublkit_harness::shrink::{ShrinkOptions, Stop};
 use ublkit_harness::sim::{RunOptions, SimFailure};
 use ublkit_harness::trial::{Trial, replay, shrink_on_simulator};
 
+use super::Tried;
 use crate::environment::Host;
 use crate::scenario::Failure;
 
@@ -50,12 +51,12 @@ impl Found {
     }
 
     /// Writes the bundle below `dir`, and says where.
-    pub(super) fn save(&self, smaller: Smaller, dir: &Path, repro: String) -> Result<PathBuf, Failure> {
+    pub(super) fn save(&self, smaller: Smaller, dir: &Path, tried: Tried, repro: String) -> Result<PathBuf, Failure> {
         let script = self.script();
         let again = replay(&script, &RunOptions { record: true, ..RunOptions::default() });
         let Host { kernel, versions, .. } = Host::here();
         let found = Bundle {
-            scenario: "torture --sim".to_owned(),
+            scenario: format!("{} --sim", tried.name()),
             device: 0,
             failure: kept(again.ran.failure.unwrap_or_else(|| self.failure.clone())),
             script,

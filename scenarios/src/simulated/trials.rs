@@ -6,11 +6,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use ublkit_harness::event::{Event, Progress};
-use ublkit_harness::script::Workload;
 use ublkit_harness::sim::RunOptions;
 use ublkit_harness::trial::{Trial, Tried};
 use ublkit_harness::{Evidence, Planted, Seed};
 
+use super::Tried as What;
 use super::failed::Found;
 use crate::context::{Context, Interruption};
 use crate::scenario::Failure;
@@ -35,6 +35,7 @@ pub(super) struct Trials {
     seed: Seed,
     planted: Option<Planted>,
     limits: Limits,
+    what: What,
     next: AtomicU64,
     /// No trial from this number on is of interest: an earlier one failed.
     end: AtomicU64,
@@ -49,9 +50,9 @@ struct State {
 }
 
 impl Trials {
-    pub(super) fn new(seed: Seed, planted: Option<Planted>, limits: Limits) -> Self {
+    pub(super) fn new(seed: Seed, planted: Option<Planted>, limits: Limits, what: What) -> Self {
         let (next, end) = (AtomicU64::new(0), AtomicU64::new(u64::MAX));
-        Self { seed, planted, limits, next, end, state: Mutex::default() }
+        Self { seed, planted, limits, what, next, end, state: Mutex::default() }
     }
 
     /// Runs them, tells how far they are, and returns the first that failed: the one with the lowest number, whichever ended
@@ -107,7 +108,7 @@ impl Trials {
 
     fn one(&self, number: u64, before: u64, ops: u64) {
         let seed = Seed::new(self.seed.derive("run", number).get() >> 11);
-        let trial = Trial::draw(seed, self.planted, Workload::everything(ops));
+        let trial = Trial::draw(seed, self.planted, self.what.workload(ops));
         let tried = trial.run(&RunOptions::default());
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let Tried { ran, hits } = match tried {
@@ -143,7 +144,7 @@ impl Trials {
         };
         let verified_bytes = done.count("verified_bytes");
         context.sink().send(Event::Progress(Progress {
-            what: "torture".to_owned(),
+            what: self.what.name().to_owned(),
             ops,
             bytes: verified_bytes,
             verified_bytes,

@@ -5,6 +5,7 @@ mod client;
 mod close;
 mod commands;
 mod control;
+mod crash;
 mod disk;
 mod errnos;
 mod fault;
@@ -55,6 +56,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         hangs::cases(),
         kernel_log::cases(),
         flush_trace::cases(),
+        crash::cases(),
     ]
     .into_iter()
     .flatten()

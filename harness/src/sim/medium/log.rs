@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
+
+use super::image::Image;
 use crate::seed::SeededRng;
 
 /// How many changes, and how many bytes of them, one half of the log holds. Whatever is older than two halves is written
@@ -10,7 +13,7 @@ const HALF_CHANGES: usize = 1024;
 const HALF_BYTES: usize = 4 << 20;
 
 /// What a power cut did to the changes that were not durable.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cut {
     /// How it was drawn what survives.
     pub mode: CutMode,
@@ -23,7 +26,8 @@ pub struct Cut {
 }
 
 /// What survives a power cut.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum CutMode {
     /// Nothing that was not durable.
     #[default]
@@ -36,6 +40,21 @@ pub enum CutMode {
     Units,
     /// Everything up to a moment, and nothing after it.
     Prefix,
+}
+
+/// A change that a power cut took away, or a part of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Loss {
+    /// Its place among the changes that were not durable, the oldest being 0.
+    pub number: u64,
+    /// Where it begins, in bytes.
+    pub offset: u64,
+    /// Its length, in bytes.
+    pub bytes: u64,
+    /// How many of its bytes survived.
+    pub kept_bytes: u64,
+    /// It made zeroes, and was no write.
+    pub zeroes: bool,
 }
 
 /// A change of a range.
@@ -51,14 +70,14 @@ pub(super) struct Change {
 
 impl Change {
     /// Puts `range` of the change, which has the bytes `data`, into an image.
-    pub(super) fn put(&self, image: &mut [u8], range: &Range<u64>, data: &[u8]) {
-        let place = &mut image[range.start as usize..range.end as usize];
+    pub(super) fn put(&self, image: &mut Image, range: &Range<u64>, data: &[u8]) {
+        let place = range.start as usize..range.end as usize;
         match self.data {
             Some(start) => {
                 let start = start + (range.start - self.offset) as usize;
-                place.copy_from_slice(&data[start..start + place.len()]);
+                image.write(&data[start..start + place.len()], place.start);
             }
-            None => place.fill(0),
+            None => image.zero(place),
         }
     }
 
@@ -80,7 +99,7 @@ struct Half {
 }
 
 impl Half {
-    fn apply(&mut self, image: &mut [u8]) {
+    fn apply(&mut self, image: &mut Image) {
         for change in &self.changes {
             change.put(image, &change.range(), &self.data);
         }
@@ -135,7 +154,7 @@ impl Log {
     }
 
     /// Writes the older half back when the newer is full.
-    pub(super) fn make_room(&mut self, durable: &mut [u8]) {
+    pub(super) fn make_room(&mut self, durable: &mut Image) {
         if self.newer.changes.len() >= HALF_CHANGES || self.newer.data.len() >= HALF_BYTES {
             self.older.apply(durable);
             std::mem::swap(&mut self.older, &mut self.newer);
@@ -155,7 +174,7 @@ impl Log {
     }
 
     /// Makes everything durable.
-    pub(super) fn apply(&mut self, durable: &mut [u8]) {
+    pub(super) fn apply(&mut self, durable: &mut Image) {
         self.older.apply(durable);
         self.newer.apply(durable);
     }
@@ -172,12 +191,13 @@ impl Log {
         }
     }
 
-    /// Draws what survives, hands it to `land` in order, and forgets the rest.
+    /// Draws what survives, hands it to `land` in order, tells what does not, and forgets everything.
     pub(super) fn survive(
         &mut self,
         unit: u64,
         rng: &mut SeededRng,
         mut land: impl FnMut(&Change, Range<u64>, &[u8]),
+        mut tell: impl FnMut(Loss),
     ) -> Cut {
         let mode = [CutMode::Nothing, CutMode::All, CutMode::Changes, CutMode::Units, CutMode::Prefix]
             [rng.below(5) as usize];
@@ -186,6 +206,13 @@ impl Log {
         let prefix = rng.below(self.len() as u64 + 1);
         let mut cut = Cut { mode, ..Cut::default() };
         let mut number = 0;
+        let loss = |change: &Change, number, kept_bytes| Loss {
+            number,
+            offset: change.offset,
+            bytes: change.len,
+            kept_bytes,
+            zeroes: change.data.is_none(),
+        };
         for half in [&mut self.older, &mut self.newer] {
             for change in &half.changes {
                 let whole = change.through
@@ -195,18 +222,25 @@ impl Log {
                         CutMode::Changes => rng.chance(odds, 16),
                         CutMode::Prefix => number < prefix,
                         CutMode::Units => {
+                            let mut kept_bytes = 0;
                             let (kept, units) = units(change.range(), unit, |_| rng.chance(odds, 16), &mut |range| {
+                                kept_bytes += range.end - range.start;
                                 land(change, range, &half.data);
                             });
                             cut.torn += u64::from(kept != 0 && kept != units);
                             cut.kept += u64::from(kept == units);
                             cut.lost += u64::from(kept == 0);
+                            if kept != units {
+                                tell(loss(change, number, kept_bytes));
+                            }
                             number += 1;
                             continue;
                         }
                     };
                 if whole {
                     land(change, change.range(), &half.data);
+                } else {
+                    tell(loss(change, number, 0));
                 }
                 cut.kept += u64::from(whole && !change.through);
                 cut.lost += u64::from(!whole);

@@ -1,4 +1,5 @@
 use super::*;
+use crate::sector::SECTOR;
 use crate::seed::Seed;
 
 const UNIT: usize = 16;
@@ -171,4 +172,49 @@ fn a_disk_on_it_does_what_its_flags_say() {
         seen.insert(image[UNIT]);
     }
     assert_eq!(seen.into_iter().collect::<Vec<_>>(), [0, 8]);
+}
+
+/// Many crash images of one moment: each is a disk that a cut could leave, they differ, and the disk itself goes on.
+#[test]
+fn crash_images_leave_the_disk_alone_and_tell_what_was_lost() {
+    let medium = medium(64, true);
+    medium.write_at(&[1; 64 * UNIT], 0).expect("in range");
+    medium.flush().expect("flush");
+    medium.write_at(&[2; 32 * UNIT], 0).expect("in range");
+    medium.zero(0, 16 * UNIT as u64).expect("in range");
+    let (before, unflushed) = (image(&medium), medium.unflushed());
+    let mut seen = std::collections::BTreeSet::new();
+    for seed in 0..200 {
+        let (crashed, report) = medium.crash_image(&mut Seed::new(seed).rng());
+        let left = image(&crashed);
+        assert_eq!((report.unflushed, crashed.unflushed()), (2, 0));
+        assert_eq!(report.losses.len() as u64, report.cut.lost + report.cut.torn);
+        let differing = left.chunks(SECTOR).zip(before.chunks(SECTOR)).filter(|(one, two)| one != two).count();
+        assert_eq!(report.lost_sectors, differing as u64, "seed {seed}");
+        assert_eq!(report.losses.is_empty(), report.cut.lost + report.cut.torn == 0);
+        for loss in &report.losses {
+            let whole = if loss.number == 0 { (0, 32, false) } else { (0, 16, true) };
+            assert_eq!((loss.offset, loss.bytes / UNIT as u64, loss.zeroes), whole);
+            assert!(loss.kept_bytes < loss.bytes);
+        }
+        // Nothing that was flushed is missing, and writing to it changes nothing elsewhere.
+        assert_eq!(left[32 * UNIT..], before[32 * UNIT..]);
+        crashed.write_at(&[9; UNIT], 40 * UNIT as u64).expect("in range");
+        seen.insert(left);
+    }
+    assert!(seen.len() > 20, "{}", seen.len());
+    assert_eq!((image(&medium), medium.unflushed()), (before, unflushed));
+}
+
+/// A disk larger than the memory that there is for it.
+#[test]
+fn zeroes_take_no_memory() {
+    let medium = Medium::new(MediumOptions { bytes: 1 << 35, volatile_cache: true, atomic_bytes: 512 });
+    medium.zero(0, 1 << 35).expect("in range");
+    medium.write_at(&[1; 512], (1 << 35) - 512).expect("in range");
+    medium.flush().expect("flush");
+    let (crashed, _report) = medium.crash_image(&mut Seed::new(1).rng());
+    let mut found = [0; 512];
+    crashed.read_at(&mut found, (1 << 35) - 512).expect("in range");
+    assert_eq!(found, [1; 512]);
 }

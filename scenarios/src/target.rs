@@ -526,15 +526,21 @@ impl Target {
     /// That it did not end in time, that somebody still holds it, that the server kept something of it, or the first
     /// error that its queues could not serve past.
     pub fn close(self, context: &Context) -> Result<(), Failure> {
-        self.close_as(context, false)
+        self.close_as(context, false, false)
     }
 
     /// As [`close`](Self::close), with the faults as they are.
     pub(crate) fn close_with_faults(self, context: &Context) -> Result<(), Failure> {
-        self.close_as(context, true)
+        self.close_as(context, true, false)
     }
 
-    fn close_as(self, context: &Context, faults_stay: bool) -> Result<(), Failure> {
+    /// As [`close`](Self::close), once [`begin_to_close`](Self::begin_to_close) has failed: that the device did not stop in time
+    /// is known.
+    pub(crate) fn close_what_is_left(self, context: &Context) -> Result<(), Failure> {
+        self.close_as(context, false, true)
+    }
+
+    fn close_as(self, context: &Context, faults_stay: bool, error_is_known: bool) -> Result<(), Failure> {
         let id = self.served.id;
         let closing = self.storage.server.close(&self.served, faults_stay)?;
         context.record.gone(id);
@@ -545,7 +551,7 @@ impl Target {
         if let Some(hits) = hits {
             context.evidence().add("mutant_hits", hits);
         }
-        if let Some(error) = error {
+        if let Some(error) = error.filter(|_| !error_is_known) {
             return Err(Failure::broke("server", format!("a queue failed: {error}")));
         }
         if let Some(deferred) = closing.deferred {

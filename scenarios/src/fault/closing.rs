@@ -181,7 +181,8 @@ fn close_with_held(context: &mut Context, args: &TargetArgs) -> Result<(), Failu
         Ok(())
     });
     // Once they are released, the rest ends too.
-    let closed = context.always("close what is left", Duration::from_secs(120), |context| target.close(context));
+    let closed =
+        context.always("close what is left", Duration::from_secs(120), |context| target.close_what_is_left(context));
     checked.and(closed)
 }
 

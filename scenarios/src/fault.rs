@@ -54,11 +54,6 @@ pub(crate) const PLANTS: &[Plant] = &[
         about: "whatever the storage said, the application is told EIO",
         arguments: &["--plant", "errno-lost"],
     },
-    Plant {
-        name: "endless-close",
-        about: "closing waits for ever for requests that do not end",
-        arguments: &["--only", "closing", "--plant", "endless-close"],
-    },
 ];
 
 /// Workers, and how many operations each keeps in flight.
@@ -102,8 +97,6 @@ enum Part {
 enum Broken {
     /// The server tells the kernel `EIO`, whatever the backend said.
     ErrnoLost,
-    /// Closing has no bound of its own.
-    EndlessClose,
 }
 
 /// The arguments of `fault`, and so the scenario.
@@ -167,7 +160,7 @@ impl Scenario for Args {
             self.in_pieces(context)?;
         }
         if self.does(Part::Closing) && self.target.mutant.is_none() {
-            closing::check(context, &self.target, self.plant == Some(Broken::EndlessClose))?;
+            closing::check(context, &self.target)?;
         }
         if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) }
     }

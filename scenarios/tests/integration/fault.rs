@@ -8,7 +8,6 @@ cases!("fault":
     an_errno_that_is_lost_is_found in 60 s,
     an_error_that_is_swallowed_is_found in 60 s,
     an_error_that_outlives_its_cause_is_found in 60 s,
-    a_close_without_a_bound_is_a_hang in 170 s,
 );
 
 fn a_right_server_passes() {
@@ -28,8 +27,4 @@ fn an_error_that_is_swallowed_is_found() {
 
 fn an_error_that_outlives_its_cause_is_found() {
     verdict("fault --seed 4 --size 64M --mutant error-sticky:200", 2);
-}
-
-fn a_close_without_a_bound_is_a_hang() {
-    verdict("fault --seed 5 --size 64M --only closing --plant endless-close", 3);
 }

@@ -68,8 +68,11 @@ impl Shared {
     /// Buffers and wake-up for a queue of `depth` tags of `stride` bytes each.
     pub(crate) fn new(depth: u16, stride: usize) -> io::Result<Self> {
         let stride = stride.next_multiple_of(crate::sys::map::page_size());
+        let buffers = Map::anonymous(stride * usize::from(depth))?;
+        // Most requests are much smaller than the largest, and a tag's buffer is used from its beginning.
+        buffers.avoid_huge_pages();
         Ok(Self {
-            buffers: Map::anonymous(stride * usize::from(depth))?,
+            buffers,
             stride,
             returned: (0..usize::from(depth).div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             results: (0..depth).map(|_| AtomicI32::new(0)).collect(),

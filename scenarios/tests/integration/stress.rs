@@ -52,9 +52,9 @@ fn finds(arguments: &str, oracle: &str, what: &str) {
 }
 
 fn churn_passes_and_says_where_the_time_goes() {
-    let verdict = passes("stress churn --seed 1 --cycles 48");
+    let verdict = passes("stress churn --seed 1 --cycles 24");
     let count = |name: &str| verdict["evidence"][name].as_u64().unwrap_or(0);
-    assert!(count("dirty_closes") >= 6 && count("looks") >= 4 && count("cycle_mean_us") > 0, "{verdict}");
+    assert!(count("dirty_closes") >= 3 && count("looks") >= 4 && count("cycle_mean_us") > 0, "{verdict}");
 }
 
 fn closing_under_load_passes() {
@@ -74,10 +74,13 @@ fn held_devices_pass() {
 }
 
 fn what_leaks_in_each_cycle_is_found() {
-    for (plant, what) in
-        [("leaked-fd", "descriptors grow"), ("leaked-thread", "threads grow"), ("leaked-memory", "memory grow")]
-    {
-        finds(&format!("churn --seed 6 --cycles 48 --plant {plant}"), "leak", what);
+    // Memory takes longer to be more than what anybody may keep.
+    for (plant, cycles, what) in [
+        ("leaked-fd", 24, "descriptors grow"),
+        ("leaked-thread", 24, "threads grow"),
+        ("leaked-memory", 48, "memory grow"),
+    ] {
+        finds(&format!("churn --seed 6 --cycles {cycles} --plant {plant}"), "leak", what);
     }
 }
 

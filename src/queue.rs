@@ -8,11 +8,16 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, ErrorKind};
 use crate::request::{Io, Request};
 use crate::ring::tags::Tags;
 use crate::stats::QueueShared;
+
+/// How long a queue waits, while the driver takes its tags back, for all of them. STOP gives them back within microseconds
+/// of each other; a driver that keeps some is one that somebody quiesces meanwhile.
+const ABORT_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A queue's request handler: the raw level of the three ways to write a ublk server.
 ///
@@ -85,16 +90,23 @@ impl<H: Handler> Queue<H> {
     }
 
     /// Commits what the last batch left, and whatever the driver had on its way when it began to hold requests back: nothing
-    /// after STOP, but a few requests after QUIESCE.
+    /// after STOP, but a few requests after QUIESCE. After STOP every tag is taken back, one after the other, and the ring is not
+    /// left before: the driver would end a command that the ring's own end is ending too, which 7.2 warns of.
     fn finish(&mut self) -> Result<(), Error> {
+        let until = Instant::now() + ABORT_PATIENCE;
         while !self.tags.abandoned() {
             let (taken, owned) = (self.tags.taken(), self.tags.owns_requests());
             self.enter(owned)?;
             self.batch();
             self.check()?;
-            if !owned && self.tags.taken() == taken {
+            if owned || self.tags.taken() != taken {
+                continue;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if self.tags.ordered() || self.tags.all_aborted() || left.is_zero() {
                 return Ok(());
             }
+            self.tags.wait_at_most(left).map_err(|error| self.failed(&error))?;
         }
         self.enter(false)
     }
@@ -111,10 +123,12 @@ impl<H: Handler> Queue<H> {
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {
-        self.tags.wait(block).map_err(|error| {
-            Error::io(&error, format_args!("enter the ring of queue {}", self.tags.queue()))
-                .with_kind(ErrorKind::Queue)
-        })
+        self.tags.wait(block).map_err(|error| self.failed(&error))
+    }
+
+    #[cold]
+    fn failed(&self, error: &io::Error) -> Error {
+        Error::io(error, format_args!("enter the ring of queue {}", self.tags.queue())).with_kind(ErrorKind::Queue)
     }
 
     /// Serves what the last enter brought.

@@ -9,6 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -68,8 +69,11 @@ impl Shared {
     /// Buffers and wake-up for a queue of `depth` tags of `stride` bytes each.
     pub(crate) fn new(depth: u16, stride: usize) -> io::Result<Self> {
         let stride = stride.next_multiple_of(crate::sys::map::page_size());
+        let buffers = Map::anonymous(stride * usize::from(depth))?;
+        // Most requests are much smaller than the largest, and a tag's buffer is used from its beginning.
+        buffers.avoid_huge_pages();
         Ok(Self {
-            buffers: Map::anonymous(stride * usize::from(depth))?,
+            buffers,
             stride,
             returned: (0..usize::from(depth).div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             results: (0..depth).map(|_| AtomicI32::new(0)).collect(),
@@ -207,7 +211,7 @@ pub(crate) struct Tags {
 impl Drop for Tags {
     /// DEL waits for the character device, so it is let go of as early as can be: where the driver has ended every command.
     fn drop(&mut self) {
-        if self.aborted as usize == self.slots.len() {
+        if self.all_aborted() {
             self.ring.release_files();
         }
     }
@@ -444,6 +448,16 @@ impl Tags {
     #[inline]
     pub(crate) fn stopping(&self) -> bool {
         self.aborted > 0
+    }
+
+    /// Whether it has taken all of them back.
+    pub(crate) fn all_aborted(&self) -> bool {
+        self.aborted as usize == self.slots.len()
+    }
+
+    /// Waits for a completion, at most `timeout`.
+    pub(crate) fn wait_at_most(&mut self, timeout: Duration) -> io::Result<()> {
+        self.ring.enter_timeout(1, timeout)
     }
 
     /// Whether some request is still the server's.

@@ -6,15 +6,16 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use ublkit::ctrl::block_path;
 use ublkit_harness::{Pattern, SECTOR, SectorRange};
 
-use super::Args;
 use super::load::{Acknowledged, BLOCK, Broken, Load, open_buffered, open_direct};
 use super::protocol::{Order, Report, Shape};
 use super::stressed::{Stressed, unexpected};
+use super::{Args, Bug};
 use crate::context::Context;
 use crate::scenario::Failure;
 
@@ -25,6 +26,8 @@ const PART_BYTES: u64 = 256 << 10;
 const DEVICE_BYTES: u64 = PART_BYTES * (LOADERS as u64 + 1);
 /// Requests that have to be in flight when a close begins.
 const IN_FLIGHT_MIN: u64 = 4;
+/// Writes that have to be acknowledged before a close begins.
+const WRITES_BEFORE_MIN: u64 = 10;
 /// How long what is in flight may take to end once it is let go.
 const END_DEADLINE: Duration = Duration::from_secs(40);
 
@@ -33,7 +36,7 @@ pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
     for (name, minimum) in [
         ("closes_under_load", rounds),
         ("in_flight_at_close", rounds * IN_FLIGHT_MIN),
-        ("writes_acknowledged", rounds * 20),
+        ("writes_acknowledged", rounds * WRITES_BEFORE_MIN),
         ("dirty_bytes_written_back", rounds * PART_BYTES),
     ] {
         context.evidence().require(name, minimum);
@@ -70,14 +73,15 @@ fn one_round(args: &Args, context: &mut Context, stressed: &mut Stressed, round:
         bytes: DEVICE_BYTES,
         depth: 64,
         max_io: 64 << 10,
-        workers: rng.within(2..=12) as usize,
+        // As many as have to be in flight can be held, and in some rounds more or fewer than there are loads.
+        workers: rng.within(IN_FLIGHT_MIN..=12) as usize,
         write_ms: rng.within(0..=3),
         delete_ms: 30_000,
         stop_ms: 30_000,
         plant: args.plant,
     };
     // Where a request is forgotten, the server gives it up after this.
-    let stop_ms = if args.plant.is_some() { 4_000 } else { shape.stop_ms };
+    let stop_ms = if args.plant == Some(Bug::ForgottenRequest) { 4_000 } else { shape.stop_ms };
     let id = stressed.start_device(context, round, Shape { stop_ms, ..shape })?;
     let path = block_path(id);
     let pattern = Arc::new(Pattern::new(seed, id));
@@ -94,7 +98,7 @@ fn one_round(args: &Args, context: &mut Context, stressed: &mut Stressed, round:
             .map_err(|broken| Failure::io("write through the page cache", &broken.error))?;
     }
     let (acknowledged, over) = (Arc::new(Acknowledged::default()), Arc::new(AtomicBool::new(false)));
-    let mut loaders = Vec::new();
+    let mut loaders: Vec<JoinHandle<Loaded>> = Vec::new();
     for index in 0..LOADERS {
         let (mut load, file) = (load(index), open_direct(&path)?);
         let (acknowledged, over) = (Arc::clone(&acknowledged), Arc::clone(&over));
@@ -113,9 +117,9 @@ fn one_round(args: &Args, context: &mut Context, stressed: &mut Stressed, round:
             thread.spawn(body).map_err(|error| Failure::Environment(format!("failed to start a thread: {error}")))?,
         );
     }
-    let before = 10 + rng.below(30);
+    let before = WRITES_BEFORE_MIN + rng.below(30);
     let until = Instant::now() + END_DEADLINE;
-    while acknowledged.count() < before && Instant::now() < until && !loaders.iter().any(|one| one.is_finished()) {
+    while acknowledged.count() < before && Instant::now() < until && !loaders.iter().any(JoinHandle::is_finished) {
         std::thread::sleep(Duration::from_millis(1));
     }
     let order = Order::CloseInFlight { slot: round, minimum: IN_FLIGHT_MIN, release_ms: rng.within(0..=60) };

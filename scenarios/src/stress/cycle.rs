@@ -17,7 +17,7 @@ use nix::libc;
 use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 use ublkit::backends::Memory;
-use ublkit::{BlockClient, Closed, Deletion, Device, Event, Phase, WriteFlags};
+use ublkit::{BlockClient, Closed, Controller, Deletion, Device, Event, Phase, WriteFlags};
 use ublkit_harness::{Generation, Pattern, SECTOR, Seed};
 
 use super::disk::Disk;
@@ -28,6 +28,8 @@ use crate::clock::nanoseconds;
 pub(super) const BLOCK: usize = 4096;
 /// How large a cycle's device is.
 pub(super) const DEVICE_BYTES: u64 = 1 << 20;
+/// Where a cycle that leaves dirty pages leaves them.
+const DIRTY_AT: u64 = DEVICE_BYTES - BLOCK as u64;
 /// How long a read or write may take.
 const IO_DEADLINE: Duration = Duration::from_secs(30);
 /// How long closing waits for whoever looks at a new disk, udev above all.
@@ -145,6 +147,15 @@ pub(super) struct Cycled {
     pub(super) deferred: bool,
 }
 
+/// What is special about a cycle.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Cycle {
+    /// Dirty pages are left to the close.
+    pub(super) dirty: bool,
+    /// It is in the costs, unless it is dirty.
+    pub(super) counted: bool,
+}
+
 /// Does cycles.
 #[derive(Debug)]
 pub(super) struct Cycler {
@@ -154,9 +165,8 @@ pub(super) struct Cycler {
 }
 
 impl Cycler {
-    /// Cycle number `number`. `dirty` leaves dirty pages to the close; such a cycle is not in the costs. `made` is told the id
-    /// of the device once there is one.
-    pub(super) fn cycle(&mut self, number: u64, dirty: bool, made: &dyn Fn(u32)) -> Result<Cycled, Trouble> {
+    /// Cycle number `number`. `made` is told the id of the device once there is one.
+    pub(super) fn cycle(&mut self, number: u64, kind: Cycle, made: &dyn Fn(u32)) -> Result<Cycled, Trouble> {
         let memory = Arc::new(Memory::new(DEVICE_BYTES));
         let disk = Arc::new(Disk::new(Arc::clone(&memory), Duration::ZERO, self.plant));
         let marks = Arc::new(Marks::default());
@@ -165,127 +175,147 @@ impl Cycler {
         let first_lba = self.seed.derive("place", number).rng().below(DEVICE_BYTES / BLOCK as u64 - 1) * 8;
         let mut expected = vec![0; BLOCK];
         pattern.fill(&mut expected, first_lba, |_| generation);
-        let offset = first_lba * SECTOR as u64;
 
         let beginning = Point::now();
-        let begun = beginning.at;
         let (told, watched) = (Arc::clone(&marks), Arc::clone(&disk));
         let device = Device::builder(Arc::clone(&disk))
             .delete_deadline(DELETE_DEADLINE)
             .on_event(move |event| told.hear(event, &watched))
             .start()?;
-        let start_end = Point::now();
-        let started = start_end.at;
+        let started = Point::now();
         let id = device.id();
         made(id);
-        let path = device.path();
-        let mut client = open_client(&path)?;
-        let opened = nanoseconds();
-        client.buffer_mut(0)[..BLOCK].copy_from_slice(&expected);
-        client.write(0, offset, BLOCK, WriteFlags::NONE);
-        await_one(&mut client, "write")?;
-        let written = nanoseconds();
-        drop(client);
-        let mut client = open_client(&path)?;
-        let reopened = nanoseconds();
-        client.read(0, offset, BLOCK);
-        await_one(&mut client, "read")?;
-        let sound = client.buffer(0)[..BLOCK] == expected[..];
-        let read_end = Point::now();
-        let read = read_end.at;
-        drop(client);
-        if !sound {
+        let io = write_and_read(&device.path(), first_lba * SECTOR as u64, &expected)?;
+        if !io.sound {
             return Err(Trouble::broke(
                 "content",
                 format!("cycle {number}: sector {first_lba}: what was written is not what another opening reads"),
             ));
         }
-        let mut left = None;
-        if dirty {
-            let page = vec![0xd1; BLOCK];
-            let at = DEVICE_BYTES - BLOCK as u64;
-            let buffered =
-                OpenOptions::new().read(true).write(true).open(&path).map_err(|error| io_error("open", &error))?;
-            buffered.write_all_at(&page, at).map_err(|error| io_error("write through the page cache", &error))?;
-            *lock(&marks.held) = Some(buffered);
-            left = Some((page, at));
-        }
+        let left = if kind.dirty { Some(leave_dirty(&device.path(), &marks)?) } else { None };
         let close_begin = Point::now();
-        let before_close = close_begin.at;
-        let closed = device.close()?;
-        let after_close = nanoseconds();
+        let Closed { deletion, .. } = device.close()?;
+        let closed = nanoseconds();
         let controller = Arc::clone(device.controller());
         drop(device);
         let ending = Point::now();
-        let ended = ending.at;
         if let Some(trouble) = lock(&marks.trouble).take() {
             return Err(Trouble::broke("server", format!("cycle {number}: {trouble}")));
         }
         let mut bytes_verified = BLOCK as u64;
-        if let Some((page, at)) = left {
+        if let Some(page) = left {
             let mut stored = vec![0; BLOCK];
-            ublkit::Backend::read_at(&*memory, &mut stored, at)
+            ublkit::Backend::read_at(&*memory, &mut stored, DIRTY_AT)
                 .map_err(|error| io_error("read the storage", &error))?;
             if stored != page {
-                return Err(Trouble::broke(
-                    "writeback",
-                    format!(
-                        "cycle {number}: a dirty page at {at} was left to the close and did not reach the storage"
-                    ),
-                ));
+                let what = format!(
+                    "cycle {number}: a dirty page at {DIRTY_AT} was left to the close and did not reach the storage"
+                );
+                return Err(Trouble::broke("writeback", what));
             }
             bytes_verified += BLOCK as u64;
+        } else if kind.counted {
+            let times = Times { beginning, started, io, close_begin, closed, ending };
+            self.count(&times, &marks, &controller);
         }
-        if !dirty {
-            let command: BTreeMap<&str, u64> =
-                controller.costs().iter().map(|cost| (cost.command, cost.total.as_nanos() as u64)).collect();
-            let spent = |name: &str| command.get(name).copied().unwrap_or(0);
-            let between = |from: u64, to: u64| to.saturating_sub(from);
-            let at = |phase| marks.at(phase);
-            let parts = [
-                ("GET_FEATURES", spent("GET_FEATURES")),
-                ("ADD_DEV", spent("ADD_DEV")),
-                ("control device and its ring", {
-                    between(begun, at(Phase::Added)).saturating_sub(spent("ADD_DEV") + spent("GET_FEATURES"))
-                }),
-                ("SET_PARAMS", spent("SET_PARAMS")),
-                ("character node there and open", {
-                    between(at(Phase::Added), at(Phase::Configured)).saturating_sub(spent("SET_PARAMS"))
-                }),
-                ("queue: thread, affinity, ring, maps, FETCH", between(at(Phase::Configured), at(Phase::Fetched))),
-                ("START_DEV", spent("START_DEV")),
-                ("block node there", { between(at(Phase::Fetched), started).saturating_sub(spent("START_DEV")) }),
-                ("open past the page cache", between(started, opened)),
-                ("write 4 KiB", between(opened, written)),
-                ("close, open again", between(written, reopened)),
-                ("read 4 KiB and compare", between(reopened, read)),
-                ("close the second opening", between(read, before_close)),
-                ("sign of life of the queue", between(before_close, at(Phase::Stopping))),
-                ("STOP_DEV", spent("STOP_DEV")),
-                ("threads, rings and maps gone", {
-                    between(at(Phase::Stopping), at(Phase::Joined)).saturating_sub(spent("STOP_DEV"))
-                }),
-                ("DEL_DEV", spent("DEL_DEV")),
-                ("the rest", {
-                    between(at(Phase::Joined), after_close).saturating_sub(spent("DEL_DEV"))
-                        + between(after_close, ended)
-                }),
-            ];
-            let point = |phase| marks.point(phase);
-            let own = beginning.own_until(point(Phase::Added), spent("ADD_DEV") + spent("GET_FEATURES"))
-                + point(Phase::Added).own_until(point(Phase::Configured), spent("SET_PARAMS"))
-                + point(Phase::Configured).own_until(point(Phase::Fetched), 0)
-                + point(Phase::Fetched).own_until(start_end, spent("START_DEV"))
-                + read_end.own_until(close_begin, 0)
-                + close_begin.own_until(point(Phase::Stopping), 0)
-                + point(Phase::Stopping).own_until(point(Phase::Joined), spent("STOP_DEV"))
-                + point(Phase::Joined).own_until(ending, spent("DEL_DEV"));
-            let processor = ending.processor.saturating_sub(beginning.processor);
-            self.costs.add(ended - begun, own, processor, &parts);
-        }
-        let Closed { deletion, .. } = closed;
         Ok(Cycled { id, bytes_verified, deferred: deletion != Deletion::Complete })
     }
+
+    /// Adds a cycle to the costs.
+    fn count(&mut self, times: &Times, marks: &Marks, controller: &Controller) {
+        let Times { beginning, started, io, close_begin, closed, ending } = times;
+        let command: BTreeMap<&str, u64> =
+            controller.costs().iter().map(|cost| (cost.command, cost.total.as_nanos() as u64)).collect();
+        let spent = |name: &str| command.get(name).copied().unwrap_or(0);
+        let between = |from: u64, to: u64| to.saturating_sub(from);
+        let at = |phase| marks.at(phase);
+        let parts = [
+            ("GET_FEATURES", spent("GET_FEATURES")),
+            ("ADD_DEV", spent("ADD_DEV")),
+            ("control device and its ring", {
+                between(beginning.at, at(Phase::Added)).saturating_sub(spent("ADD_DEV") + spent("GET_FEATURES"))
+            }),
+            ("SET_PARAMS", spent("SET_PARAMS")),
+            ("character node there and open", {
+                between(at(Phase::Added), at(Phase::Configured)).saturating_sub(spent("SET_PARAMS"))
+            }),
+            ("queue: thread, affinity, ring, maps, FETCH", between(at(Phase::Configured), at(Phase::Fetched))),
+            ("START_DEV", spent("START_DEV")),
+            ("block node there", between(at(Phase::Fetched), started.at).saturating_sub(spent("START_DEV"))),
+            ("open past the page cache", between(started.at, io.opened)),
+            ("write 4 KiB", between(io.opened, io.written)),
+            ("close, open again", between(io.written, io.reopened)),
+            ("read 4 KiB and compare", between(io.reopened, io.read.at)),
+            ("close the second opening", between(io.read.at, close_begin.at)),
+            ("sign of life of the queue", between(close_begin.at, at(Phase::Stopping))),
+            ("STOP_DEV", spent("STOP_DEV")),
+            ("threads, rings and maps gone", {
+                between(at(Phase::Stopping), at(Phase::Joined)).saturating_sub(spent("STOP_DEV"))
+            }),
+            ("DEL_DEV", spent("DEL_DEV")),
+            ("the rest", {
+                between(at(Phase::Joined), *closed).saturating_sub(spent("DEL_DEV")) + between(*closed, ending.at)
+            }),
+        ];
+        let point = |phase| marks.point(phase);
+        let own = beginning.own_until(point(Phase::Added), spent("ADD_DEV") + spent("GET_FEATURES"))
+            + point(Phase::Added).own_until(point(Phase::Configured), spent("SET_PARAMS"))
+            + point(Phase::Configured).own_until(point(Phase::Fetched), 0)
+            + point(Phase::Fetched).own_until(*started, spent("START_DEV"))
+            + io.read.own_until(*close_begin, 0)
+            + close_begin.own_until(point(Phase::Stopping), 0)
+            + point(Phase::Stopping).own_until(point(Phase::Joined), spent("STOP_DEV"))
+            + point(Phase::Joined).own_until(*ending, spent("DEL_DEV"));
+        let processor = ending.processor.saturating_sub(beginning.processor);
+        self.costs.add(ending.at - beginning.at, own, processor, &parts);
+    }
+}
+
+/// The moments of a cycle that the library does not tell of.
+struct Times {
+    beginning: Point,
+    started: Point,
+    io: Io,
+    close_begin: Point,
+    closed: u64,
+    ending: Point,
+}
+
+/// How writing and reading went.
+struct Io {
+    opened: u64,
+    written: u64,
+    reopened: u64,
+    read: Point,
+    /// What was read is what was written.
+    sound: bool,
+}
+
+/// Writes `expected` through one opening of a device, and reads it through another.
+fn write_and_read(path: &Path, offset: u64, expected: &[u8]) -> Result<Io, Trouble> {
+    let mut client = open_client(path)?;
+    let opened = nanoseconds();
+    client.buffer_mut(0)[..BLOCK].copy_from_slice(expected);
+    client.write(0, offset, BLOCK, WriteFlags::NONE);
+    await_one(&mut client, "write")?;
+    let written = nanoseconds();
+    drop(client);
+    let mut client = open_client(path)?;
+    let reopened = nanoseconds();
+    client.read(0, offset, BLOCK);
+    await_one(&mut client, "read")?;
+    let sound = client.buffer(0)[..BLOCK] == *expected;
+    Ok(Io { opened, written, reopened, read: Point::now(), sound })
+}
+
+/// Dirties a page of a device, which whoever closes the device has to see to, and returns what is in it.
+fn leave_dirty(path: &Path, marks: &Marks) -> Result<Vec<u8>, Trouble> {
+    let page = vec![0xd1; BLOCK];
+    let buffered = OpenOptions::new().read(true).write(true).open(path).map_err(|error| io_error("open", &error))?;
+    buffered.write_all_at(&page, DIRTY_AT).map_err(|error| io_error("write through the page cache", &error))?;
+    // Closing the last opening would write it back too.
+    *lock(&marks.held) = Some(buffered);
+    Ok(page)
 }
 
 /// A moment of a cycle.

@@ -12,7 +12,7 @@ use ublkit::{Backend, Geometry, WriteFlags};
 use super::protocol::Plant;
 
 /// How long requests are held if nobody lets them go.
-const HELD_MOST: Duration = Duration::from_secs(20);
+const HELD_MOST: Duration = Duration::from_secs(60);
 
 /// Memory, and what stands before it.
 #[derive(Debug)]
@@ -20,10 +20,8 @@ pub(super) struct Disk {
     memory: Arc<Memory>,
     plant: Option<Plant>,
     write_time: Duration,
-    /// Requests that nothing holds any more.
-    passed: AtomicU64,
-    /// Requests that were answered.
-    answered: AtomicU64,
+    /// Writes that are held now, by a thread each.
+    held: AtomicU64,
     /// The device is being closed.
     stopping: AtomicBool,
     gate: Mutex<Gate>,
@@ -43,8 +41,7 @@ impl Disk {
             memory,
             plant,
             write_time,
-            passed: AtomicU64::new(0),
-            answered: AtomicU64::new(0),
+            held: AtomicU64::new(0),
             stopping: AtomicBool::new(false),
             gate: Mutex::default(),
             changed: Condvar::new(),
@@ -70,14 +67,9 @@ impl Disk {
         self.plant
     }
 
-    /// Requests that nothing holds any more: answered, or about to be.
-    pub(super) fn passed(&self) -> u64 {
-        self.passed.load(Ordering::SeqCst)
-    }
-
-    /// Requests that were answered.
-    pub(super) fn answered(&self) -> u64 {
-        self.answered.load(Ordering::SeqCst)
+    /// Writes that are held now: the server has taken them and not answered them.
+    pub(super) fn held(&self) -> u64 {
+        self.held.load(Ordering::SeqCst)
     }
 
     fn gate(&self) -> MutexGuard<'_, Gate> {
@@ -97,7 +89,11 @@ impl Disk {
 
     fn pass(&self) {
         let mut gate = self.gate();
-        if self.is_planted(Plant::ForgottenRequest) && gate.shut && !gate.forgotten {
+        if !gate.shut {
+            return;
+        }
+        self.held.fetch_add(1, Ordering::SeqCst);
+        if self.is_planted(Plant::ForgottenRequest) && !gate.forgotten {
             gate.forgotten = true;
             drop(gate);
             loop {
@@ -109,6 +105,8 @@ impl Disk {
             let left = until.saturating_duration_since(Instant::now());
             gate = self.changed.wait_timeout(gate, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+        drop(gate);
+        self.held.fetch_sub(1, Ordering::SeqCst);
     }
 
     fn is_planted(&self, plant: Plant) -> bool {
@@ -116,9 +114,7 @@ impl Disk {
     }
 
     fn write(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        // Shut when it came is what makes a request one that was in flight.
         self.pass();
-        self.passed.fetch_add(1, Ordering::SeqCst);
         let stopping = self.stopping.load(Ordering::SeqCst);
         if stopping && (self.is_planted(Plant::KillInsteadOfStop) || self.is_planted(Plant::DroppedPages)) {
             return Err(Errno::EIO.into());
@@ -139,22 +135,14 @@ impl Backend for Disk {
     }
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
-        self.passed.fetch_add(1, Ordering::SeqCst);
-        let result = self.memory.read_at(buf, offset);
-        self.answered.fetch_add(1, Ordering::SeqCst);
-        result
+        self.memory.read_at(buf, offset)
     }
 
     fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
-        let result = self.write(buf, offset, flags);
-        self.answered.fetch_add(1, Ordering::SeqCst);
-        result
+        self.write(buf, offset, flags)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.passed.fetch_add(1, Ordering::SeqCst);
-        let result = self.memory.flush();
-        self.answered.fetch_add(1, Ordering::SeqCst);
-        result
+        self.memory.flush()
     }
 }

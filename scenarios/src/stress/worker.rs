@@ -4,14 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, BufRead, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use ublkit::backends::Memory;
 use ublkit::{Backend, Closed, Controller, Deletion, Device, Event, Phase};
 
 use super::concurrent;
-use super::cycle::{Cycler, DEVICE_BYTES};
+use super::cycle::{Cycle, Cycler, DEVICE_BYTES};
 use super::disk::Disk;
 use super::protocol::{ChurnOrder, Churned, Order, Plant, Report, Shape, Trouble};
 use crate::clock::nanoseconds;
@@ -22,6 +22,8 @@ use crate::inventory::Inventory;
 pub(crate) const ARGUMENT: &str = "stress-for-parent";
 /// Every how many cycles dirty pages are left to the close.
 const DIRTY_EVERY: u64 = 8;
+/// How many cycles at the beginning are not in the costs.
+const UNCOUNTED: u64 = 5;
 /// How often at most progress is told.
 const PROGRESS: Duration = Duration::from_millis(500);
 /// How long the requests may take to come that are to be in flight at a close.
@@ -149,8 +151,7 @@ impl Worker {
             .flatten();
         let memory = shared.unwrap_or_else(|| Arc::new(Memory::new(shape.bytes)));
         let disk = Arc::new(Disk::new(memory, Duration::from_millis(shape.write_ms), shape.plant));
-        let sink = Sink { disk: Arc::clone(&disk), device: Arc::new(OnceLock::new()) };
-        let known = Arc::clone(&sink.device);
+        let sink = Sink(Arc::clone(&disk));
         let device = Device::builder(Arc::clone(&disk))
             .depth(shape.depth)
             .max_io_bytes(shape.max_io)
@@ -161,7 +162,6 @@ impl Worker {
             .start()
             .map_err(|error| explain_limits(error, slot))?;
         let device = Arc::new(device);
-        let _first = known.set(Arc::downgrade(&device));
         let id = device.id();
         say(&Report::Made { id });
         self.storages.insert(slot, Arc::clone(disk.memory()));
@@ -178,8 +178,8 @@ impl Worker {
         let disk = Arc::clone(&serving.disk);
         disk.shut();
         let until = Instant::now() + GATHER;
-        // Those that are held stay; the others may be answered before the close begins.
-        while taken(&serving.device).saturating_sub(disk.passed()) < minimum && Instant::now() < until {
+        // Those that are held stay; what else the server has taken may be answered before the close begins.
+        while disk.held() < minimum && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
         let opener = std::thread::spawn({
@@ -244,31 +244,15 @@ fn unknown(slot: u32) -> Trouble {
     Trouble::broke("stress", format!("there is no device number {slot} in this process"))
 }
 
-/// Requests that the server has taken.
-fn taken(device: &Device) -> u64 {
-    device.stats().iter().map(|queue| queue.requests).sum()
-}
-
-/// Those of them that the backend has not answered.
-fn in_flight(device: &Device, disk: &Disk) -> u64 {
-    let answered = disk.answered();
-    taken(device).saturating_sub(answered)
-}
-
 /// Tells what becomes of a device.
-struct Sink {
-    disk: Arc<Disk>,
-    device: Arc<OnceLock<Weak<Device>>>,
-}
+struct Sink(Arc<Disk>);
 
 impl Sink {
     fn hear(&self, event: &Event) {
         match event {
             Event::Phase(Phase::Stopping) => {
-                let device = self.device.get().and_then(Weak::upgrade);
-                let in_flight = device.map_or(0, |device| in_flight(&device, &self.disk));
-                say(&Report::Stopping { in_flight, at: nanoseconds() });
-                self.disk.stopping();
+                say(&Report::Stopping { in_flight: self.0.held(), at: nanoseconds() });
+                self.0.stopping();
             }
             Event::Phase(Phase::Stopped) => say(&Report::Stopped),
             Event::Phase(_) => {}
@@ -343,7 +327,9 @@ fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
             break;
         }
         let dirty = number % DIRTY_EVERY == DIRTY_EVERY - 1;
-        let outcome = cycler.cycle(number, dirty, &|id| {
+        // The first ones read the program itself from where it is stored.
+        let counted = number >= UNCOUNTED.min(order.cycles / 2);
+        let outcome = cycler.cycle(number, Cycle { dirty, counted }, &|id| {
             if order.announce {
                 say(&Report::Made { id });
             }

@@ -20,7 +20,7 @@ cases!("scenarios":
     a_run_killed_with_its_server_is_cleaned_up_by_the_next in 90 s,
 );
 
-fn run(arguments: &str) -> Output {
+pub(crate) fn run(arguments: &str) -> Output {
     let reports = tempfile::tempdir().expect("a directory");
     Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
         // What has spaces in it has them unbreakable.

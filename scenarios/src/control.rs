@@ -118,7 +118,7 @@ pub(crate) enum Plant {
     IdLeak,
     /// ADD_DEV says that it has every flag that was asked for
     EchoedFlags,
-    /// GET_PARAMS tells another alignment than was set
+    /// What was set is not what is told: the alignment
     LostParams,
 }
 

@@ -135,7 +135,7 @@ fn known_types(kernel: KernelVersion) -> u32 {
     first | if kernel >= V6_16 { ublk::PARAM_TYPE_DMA_ALIGN | ublk::PARAM_TYPE_SEGMENT } else { 0 }
 }
 
-/// Where GET_PARAMS tells something else than SET_PARAMS was told.
+/// Where `GET_PARAMS` tells something else than `SET_PARAMS` was told.
 fn difference(set: &Params, got: &Params, known: u32) -> Option<String> {
     // The driver adds the numbers of the nodes by itself.
     let types = (set.types & known) | ublk::PARAM_TYPE_DEVT;

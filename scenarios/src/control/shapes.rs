@@ -1,4 +1,4 @@
-//! ADD_DEV and SET_PARAMS in every shape: what is asked for, on both sides of every bound.
+//! ADD_DEV and `SET_PARAMS` in every shape: what is asked for, on both sides of every bound.
 
 use nix::errno::Errno;
 use ublkit::raw::{Payload, RawCommand};

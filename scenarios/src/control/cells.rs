@@ -1,6 +1,8 @@
 //! Goes through the table: every command, in every state.
 
 use std::collections::BTreeSet;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use ublkit::raw::{Payload, RawCommand, RawOutcome};
@@ -19,6 +21,11 @@ use crate::scenario::Failure;
 
 /// How long an I/O command that the driver keeps is watched for an answer.
 const KEPT_MS: u64 = 40;
+
+/// How long the character device may be busy after its last holder, this program included, has closed it: that is dealt
+/// with in the background, and a recovery cannot begin before.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(20);
+const BUSY: i32 = -(Errno::EBUSY as i32);
 
 /// What came of a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,7 +47,17 @@ impl Lab {
                     {
                         self.advance(rig, Step::HoldRead)?;
                     }
-                    match self.send(Some(rig), &command) {
+                    let until = Instant::now() + RELEASE_DEADLINE;
+                    let begins = probe.command == "START_USER_RECOVERY" && expected == Expected::Ok;
+                    let sent = loop {
+                        match self.send(Some(rig), &command) {
+                            Ok((result, _)) if begins && result == BUSY && Instant::now() < until => {
+                                thread::sleep(Duration::from_millis(5));
+                            }
+                            sent => break sent,
+                        }
+                    };
+                    match sent {
                         Ok((result, payload)) => match judge(expected, result) {
                             Outcome::Right if expected == Expected::Ok => {
                                 self.look_at(rig, probe, &command, &payload)

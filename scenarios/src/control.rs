@@ -14,7 +14,9 @@ mod log;
 mod peer;
 mod protocol;
 mod role;
+mod shapes;
 mod state;
+mod steps;
 mod table;
 
 use std::collections::BTreeMap;
@@ -42,12 +44,16 @@ pub(crate) const ENTRY: Entry = Entry::new::<Args>(
     "send every control and I/O command in every state of a device, legal and illegal, and look what it gives",
 )
 .short(&[
-    &["--states", "absent,added,configured,opened,partly-fetched,deleted"],
-    &["--states", "ready,live-recoverable,dead,quiesced"],
-    &["--states", "fail-io,deleting,held"],
-    &["--states", "live"],
-    &["--states", "stopped,stopped-open,recovering"],
-    &["--fuzz"],
+    &["--states", "absent,added,configured,deleted"],
+    &["--states", "opened,partly-fetched,ready"],
+    &["--states", "live,live-recoverable"],
+    &["--states", "held,dead"],
+    &["--states", "stopped,stopped-open"],
+    &["--states", "quiesced"],
+    &["--states", "recovering"],
+    // Not every kernel has the first.
+    &["--states", "fail-io,deleting"],
+    &["--fuzz", "--ops", "400"],
 ])
 .plants(PLANTS);
 
@@ -77,6 +83,16 @@ const PLANTS: &[crate::scenario::Plant] = &[
         about: "a DEL that does not free the id: somebody holds the block device",
         arguments: &["--plant", "id-leak", "--states", "live"],
     },
+    crate::scenario::Plant {
+        name: "echoed-flags",
+        about: "a driver that says it has a feature that it does not know",
+        arguments: &["--plant", "echoed-flags", "--states", "absent"],
+    },
+    crate::scenario::Plant {
+        name: "lost-params",
+        about: "a driver that loses a parameter between SET and GET",
+        arguments: &["--plant", "lost-params", "--states", "configured"],
+    },
 ];
 
 /// Steps of the fuzzer unless a number or a time is given.
@@ -100,6 +116,10 @@ pub(crate) enum Plant {
     StopHangs,
     /// DEL does not free the id: somebody holds the block device
     IdLeak,
+    /// ADD_DEV says that it has every flag that was asked for
+    EchoedFlags,
+    /// What was set is not what is told: the alignment
+    LostParams,
 }
 
 /// The arguments of `control`, and so the scenario.
@@ -108,7 +128,14 @@ pub struct Args {
     #[command(flatten)]
     common: CommonArgs,
     /// Only the commands of these states
-    #[arg(long, value_name = "STATE,…", value_delimiter = ',', help_heading = "Table")]
+    #[arg(
+        long,
+        value_name = "STATE,…",
+        value_delimiter = ',',
+        action = clap::ArgAction::Set,
+        overrides_with = "states",
+        help_heading = "Table"
+    )]
     states: Vec<String>,
     /// Only the fuzzer (and the states that are given): --ops steps, or for --duration
     #[arg(long, help_heading = "Fuzzer")]
@@ -182,6 +209,7 @@ impl Scenario for Args {
 /// Every command of both tables.
 fn probes() -> Vec<Probe> {
     let mut probes = table::all();
+    probes.extend(shapes::all());
     probes.extend(io_table::all());
     probes
 }
@@ -236,7 +264,11 @@ impl Args {
         let mut planned = 0;
         for &state in State::ALL {
             let chosen = self.states.is_empty() || self.states.iter().any(|name| name == state.name());
-            if !chosen || !state.is_of(lab.kernel) {
+            if !chosen {
+                continue;
+            }
+            if !state.is_of(lab.kernel) {
+                context.note(format!("{state}: Linux {} has no such state", lab.kernel));
                 continue;
             }
             let mut found = Found::default();

@@ -140,6 +140,14 @@ pub const PARTLY_FETCHED_DEATH: Gate = Gate {
     kernels: &[(KernelVersion(0, 0, 0), KernelVersion(6, 16, 0))],
 };
 
+/// 6.16 to 7.0 take a new device's state from whoever asks for it.
+pub const ADDED_LIVE: Gate = Gate {
+    name: "added-live",
+    bug: "ADD_DEV keeps the state that it is told: the device passes for live without a disk, and STOP follows a null pointer",
+    fixed: "7.1.13 and 6.12.107, or earlier",
+    kernels: &[(KernelVersion(6, 13, 0), KernelVersion(7, 1, 0))],
+};
+
 /// Every gate there is.
 pub const GATES: &[&Gate] = &[
     &ABANDONED_START,
@@ -152,6 +160,7 @@ pub const GATES: &[&Gate] = &[
     &START_AFTER_DEATH,
     &UNBEGUN_RECOVERY,
     &PARTLY_FETCHED_DEATH,
+    &ADDED_LIVE,
 ];
 
 #[cfg(test)]

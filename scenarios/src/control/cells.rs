@@ -1,20 +1,31 @@
 //! Goes through the table: every command, in every state.
 
 use std::collections::BTreeSet;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
-use ublkit::raw::RawOutcome;
+use ublkit::raw::{Payload, RawCommand, RawOutcome};
+use ublkit::sys::ublk::{self, DevInfo, Params};
 
 use super::Plant;
 use super::expect::{Action, Expected, Probe};
-use super::lab::{COMMAND_DEADLINE, Lab, Rig, WAITS, named};
+use super::lab::{self, COMMAND_DEADLINE, Lab, Rig, WAITS, named};
 use super::peer::stacks;
 use super::protocol::{Call, Reply};
 use super::state::State;
+use super::steps::Step;
+use super::table::V6_16;
+use crate::gates::KernelVersion;
 use crate::scenario::Failure;
 
 /// How long an I/O command that the driver keeps is watched for an answer.
 const KEPT_MS: u64 = 40;
+
+/// How long the character device may be busy after its last holder, this program included, has closed it: that is dealt
+/// with in the background, and a recovery cannot begin before.
+const RELEASE_DEADLINE: Duration = Duration::from_secs(20);
+const BUSY: i32 = -(Errno::EBUSY as i32);
 
 /// What came of a probe.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,10 +45,25 @@ impl Lab {
                 Expected::Ok | Expected::Err(_) => {
                     if self.plant == Some(Plant::StopHangs) && probe.command == "STOP_DEV" && rig.state == State::Live
                     {
-                        self.advance(rig, super::lab::Step::HoldRead)?;
+                        self.advance(rig, Step::HoldRead)?;
                     }
-                    match self.send(Some(rig), &command) {
-                        Ok((result, _)) => Ok(judge(expected, result)),
+                    let until = Instant::now() + RELEASE_DEADLINE;
+                    let begins = probe.command == "START_USER_RECOVERY" && expected == Expected::Ok;
+                    let sent = loop {
+                        match self.send(Some(rig), &command) {
+                            Ok((result, _)) if begins && result == BUSY && Instant::now() < until => {
+                                thread::sleep(Duration::from_millis(5));
+                            }
+                            sent => break sent,
+                        }
+                    };
+                    match sent {
+                        Ok((result, payload)) => match judge(expected, result) {
+                            Outcome::Right if expected == Expected::Ok => {
+                                self.look_at(rig, probe, &command, &payload)
+                            }
+                            outcome => Ok(outcome),
+                        },
                         Err(Failure::Hang(_)) if self.survey => Ok(Outcome::Wrong("no end".to_owned())),
                         Err(failure) => Err(failure),
                     }
@@ -97,6 +123,59 @@ impl Lab {
             },
         }
     }
+}
+
+impl Lab {
+    /// Whether a command that succeeded says, and has done, what it should.
+    fn look_at(&mut self, rig: &Rig, probe: &Probe, command: &RawCommand, answer: &[u8]) -> Result<Outcome, Failure> {
+        if let Some(what) = probe.answers.and_then(|answers| answers(answer)) {
+            return Ok(Outcome::Wrong(format!("an answer with {what}")));
+        }
+        let (ublk::CMD_SET_PARAMS, Payload::Bytes(bytes)) = (command.operation, &command.payload) else {
+            return Ok(Outcome::Right);
+        };
+        let set = Params::from_bytes(bytes);
+        let ask = Params { len: size_of::<Params>() as u32, ..Params::default() };
+        let get = RawCommand { operation: ublk::CMD_GET_PARAMS, ..lab::set_params(rig.id, &ask) };
+        let got = Params::from_bytes(&self.must(Some(rig), &get)?);
+        *self.sent.entry("GET_PARAMS").or_default() += 1;
+        Ok(match difference(&set, &got, known_types(self.kernel)) {
+            Some(what) => Outcome::Wrong(format!("parameters that are not those that were set: {what}")),
+            None => Outcome::Right,
+        })
+    }
+}
+
+/// The kinds of parameters that a kernel knows, of those that fit into [`Params`].
+fn known_types(kernel: KernelVersion) -> u32 {
+    let first = ublk::PARAM_TYPE_BASIC | ublk::PARAM_TYPE_DISCARD | ublk::PARAM_TYPE_DEVT | ublk::PARAM_TYPE_ZONED;
+    first | if kernel >= V6_16 { ublk::PARAM_TYPE_DMA_ALIGN | ublk::PARAM_TYPE_SEGMENT } else { 0 }
+}
+
+/// Where `GET_PARAMS` tells something else than `SET_PARAMS` was told.
+fn difference(set: &Params, got: &Params, known: u32) -> Option<String> {
+    // The driver adds the numbers of the nodes by itself.
+    let types = (set.types & known) | ublk::PARAM_TYPE_DEVT;
+    let is = |kind| types & kind != 0;
+    if got.types != types {
+        return Some(format!("types {:#x} and not {types:#x}", got.types));
+    }
+    if got.devt.char_major == 0 {
+        return Some("no number of the character device".to_owned());
+    }
+    if got.basic != set.basic {
+        return Some(format!("{:?} and not {:?}", got.basic, set.basic));
+    }
+    if is(ublk::PARAM_TYPE_DISCARD) && got.discard != set.discard {
+        return Some(format!("{:?} and not {:?}", got.discard, set.discard));
+    }
+    if is(ublk::PARAM_TYPE_DMA_ALIGN) && got.dma_alignment != set.dma_alignment {
+        return Some(format!("alignment {} and not {}", got.dma_alignment, set.dma_alignment));
+    }
+    if is(ublk::PARAM_TYPE_SEGMENT) && got.seg != set.seg {
+        return Some(format!("{:?} and not {:?}", got.seg, set.seg));
+    }
+    None
 }
 
 fn judge(expected: Expected, result: i32) -> Outcome {
@@ -204,7 +283,7 @@ impl Lab {
     fn unchanged(&mut self, rig: &mut Rig) -> Result<Option<String>, Failure> {
         let state = rig.state;
         let told = self.told(rig)?;
-        if told != state.told() {
+        if told != rig.told() {
             return Ok(Some(format!("after commands that change nothing, a device that was {state} is {told:?}")));
         }
         if matches!(state, State::Live | State::LiveRecoverable) {
@@ -221,12 +300,7 @@ impl Lab {
     /// The state as the driver tells it.
     pub(super) fn told(&mut self, rig: &Rig) -> Result<Option<ublkit::ctrl::State>, Failure> {
         use ublkit::ctrl::State as Told;
-        use ublkit::raw::Payload;
-        use ublkit::sys::ublk::{self, DevInfo};
-        let ask = ublkit::raw::RawCommand {
-            payload: Payload::Bytes(vec![0; 64]),
-            ..super::lab::command(ublk::CMD_GET_DEV_INFO, rig.id)
-        };
+        let ask = RawCommand { payload: Payload::Bytes(vec![0; 64]), ..lab::command(ublk::CMD_GET_DEV_INFO, rig.id) };
         let (result, payload) = self.send(Some(rig), &ask)?;
         Ok((result == 0).then(|| match DevInfo::from_bytes(&payload).state {
             ublk::STATE_DEAD => Told::Dead,
@@ -240,16 +314,49 @@ impl Lab {
     fn undo_after(&mut self, mut rig: Rig, probe: &Probe) -> Result<(), Failure> {
         if probe.command == "ADD_DEV" {
             // Where there was none, there is one now.
-            let delete = super::lab::command(ublkit::sys::ublk::CMD_DEL_DEV, rig.id);
+            let delete = lab::command(ublk::CMD_DEL_DEV, rig.id);
             if rig.state.told().is_none() {
                 let _ = self.send(None, &delete)?;
             }
         }
         match probe.command {
-            "STOP_DEV" if rig.state != State::Deleting => rig.state = State::Stopped,
+            "STOP_DEV" | "TRY_STOP_DEV" if rig.state != State::Deleting => rig.state = State::Stopped,
             "DEL_DEV_ASYNC" => rig.state = State::Deleting,
             _ => {}
         }
         self.undo(rig)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_that_are_lost_or_changed_are_told() {
+        let known = known_types(KernelVersion(7, 2, 12));
+        let mut set = lab::params();
+        set.types |= ublk::PARAM_TYPE_DISCARD | ublk::PARAM_TYPE_DMA_ALIGN | ublk::PARAM_TYPE_SEGMENT;
+        let mut got = set;
+        got.types |= ublk::PARAM_TYPE_DEVT;
+        got.devt.char_major = 240;
+        assert_eq!(difference(&set, &got, known), None);
+        let changes: [fn(&mut Params); 7] = [
+            |params| params.types &= !ublk::PARAM_TYPE_DEVT,
+            |params| params.types &= !ublk::PARAM_TYPE_SEGMENT,
+            |params| params.devt.char_major = 0,
+            |params| params.basic.dev_sectors += 1,
+            |params| params.discard.discard_granularity += 1,
+            |params| params.dma_alignment = 511,
+            |params| params.seg.max_segments = 1,
+        ];
+        for (number, change) in changes.into_iter().enumerate() {
+            let mut wrong = got;
+            change(&mut wrong);
+            assert!(difference(&set, &wrong, known).is_some(), "change {number}");
+        }
+        // What a driver does not know it does not keep.
+        got.types &= !(ublk::PARAM_TYPE_DMA_ALIGN | ublk::PARAM_TYPE_SEGMENT);
+        assert_eq!(difference(&set, &got, known_types(KernelVersion(6, 12, 117))), None);
     }
 }

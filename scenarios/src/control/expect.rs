@@ -86,6 +86,9 @@ pub(super) enum Action {
     Map(usize, usize, bool),
 }
 
+/// Says what is wrong with the payload that a command came back with.
+type Answers = fn(&[u8]) -> Option<String>;
+
 /// A command in one of its variants.
 pub(super) struct Probe {
     pub(super) command: &'static str,
@@ -95,6 +98,10 @@ pub(super) struct Probe {
     pub(super) rules: Vec<Rule>,
     /// Changes nothing even when it succeeds.
     pub(super) reads: bool,
+    /// Changes something even when it is refused.
+    pub(super) spoils: bool,
+    /// What is wrong with an answer.
+    pub(super) answers: Option<Answers>,
     /// Bugs of some kernels in some states.
     pub(super) gates: Vec<(&'static Gate, &'static [State])>,
 }
@@ -111,12 +118,30 @@ impl Probe {
 
     /// Whether it leaves everything as it was.
     pub(super) fn is_harmless(&self, expected: Expected) -> bool {
-        self.reads || matches!(expected, Expected::Err(_))
+        !self.spoils && (self.reads || matches!(expected, Expected::Err(_) | Expected::Waits))
     }
 
     /// It changes nothing even when it succeeds.
     pub(super) fn reads(mut self) -> Self {
         self.reads = true;
+        self
+    }
+
+    /// It changes something even when it is refused.
+    pub(super) fn spoils(mut self) -> Self {
+        self.spoils = true;
+        self
+    }
+
+    /// It makes sense in these states alone.
+    pub(super) fn only(mut self, states: &'static [State]) -> Self {
+        self.states = states;
+        self
+    }
+
+    /// If it succeeds, this says what is wrong with its answer.
+    pub(super) fn answers(mut self, answers: Answers) -> Self {
+        self.answers = Some(answers);
         self
     }
 
@@ -154,6 +179,8 @@ pub(super) fn control(
         states: State::ALL,
         rules: Vec::new(),
         reads: false,
+        spoils: false,
+        answers: None,
         gates: Vec::new(),
     }
 }
@@ -205,6 +232,8 @@ pub(super) fn io(
         states: SERVED,
         rules: Vec::new(),
         reads: false,
+        spoils: false,
+        answers: None,
         gates: Vec::new(),
     }
 }
@@ -223,6 +252,8 @@ pub(super) fn map(variant: &'static str, offset: usize, len: usize, writable: bo
         states: SERVED,
         rules: Vec::new(),
         reads: true,
+        spoils: false,
+        answers: None,
         gates: Vec::new(),
     }
 }

@@ -13,9 +13,10 @@ use ublkit_harness::seed::SeededRng;
 
 use super::cells::Outcome;
 use super::expect::{Expected, Probe, about};
-use super::lab::{self, Lab, Rig, Step, named};
+use super::lab::{self, Lab, Rig, named};
 use super::protocol::{Call, DEPTH, Reply};
 use super::state::State;
+use super::steps::{STEPS, Step};
 use crate::gates::{ABANDONED_START, KernelVersion};
 use crate::scenario::Failure;
 
@@ -37,43 +38,34 @@ pub(super) enum Move {
     Wild(u64),
 }
 
+/// A walk: the kind of device, by the state that one is asked for, and the steps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Script {
+    pub(super) device: State,
+    pub(super) steps: Vec<Move>,
+}
+
 /// A walk that went wrong.
 pub(super) struct Wrong {
     pub(super) what: String,
-    pub(super) script: Vec<Move>,
+    pub(super) script: Script,
 }
 
-const STEPS: &[(&str, Step)] = &[
-    ("add", Step::Add),
-    ("configure", Step::Configure),
-    ("open", Step::Open),
-    ("fetch-one", Step::FetchOne),
-    ("fetch-rest", Step::FetchRest),
-    ("start", Step::Start),
-    ("hold-read", Step::HoldRead),
-    ("release", Step::Release),
-    ("open-block", Step::OpenBlock),
-    ("stop", Step::Stop),
-    ("kill", Step::Kill),
-    ("abandon", Step::Abandon),
-    ("recover", Step::Recover),
-    ("end-recovery", Step::EndRecovery),
-    ("delete-async", Step::DeleteAsync),
-    ("delete", Step::Delete),
-];
+/// The kinds of devices that walks are about.
+const DEVICES: &[State] = &[State::Live, State::LiveRecoverable, State::FailIo];
 
 /// A script as people can hand it on.
-pub(super) fn write(script: &[Move], probes: &[Probe]) -> String {
-    let words = script.iter().map(|one| match one {
+pub(super) fn write(script: &Script, probes: &[Probe]) -> String {
+    let words = script.steps.iter().map(|one| match one {
         Move::Go(step) => STEPS.iter().find(|(_, it)| it == step).map_or("?", |(name, _)| name).to_owned(),
         Move::Probe(index) => probes.get(*index).map(Probe::name).unwrap_or_default(),
         Move::Wild(bits) => format!("wild:{bits}"),
     });
-    words.collect::<Vec<_>>().join("; ")
+    std::iter::once(script.device.name().to_owned()).chain(words).collect::<Vec<_>>().join("; ")
 }
 
 /// Reads what [`write`] writes.
-pub(super) fn read(text: &str, probes: &[Probe]) -> Result<Vec<Move>, String> {
+pub(super) fn read(text: &str, probes: &[Probe]) -> Result<Script, String> {
     let word = |word: &str| {
         if let Some((_, step)) = STEPS.iter().find(|(name, _)| *name == word) {
             return Ok(Move::Go(*step));
@@ -84,11 +76,17 @@ pub(super) fn read(text: &str, probes: &[Probe]) -> Result<Vec<Move>, String> {
         let index = probes.iter().position(|probe| probe.name() == word);
         index.map(Move::Probe).ok_or_else(|| format!("'{word}' is no step and no command of the table"))
     };
-    text.split(';').map(str::trim).filter(|text| !text.is_empty()).map(word).collect()
+    let mut words = text.split(';').map(str::trim).filter(|text| !text.is_empty());
+    let first = words.next().unwrap_or_default();
+    let device = DEVICES.iter().find(|device| device.name() == first).copied();
+    let device = device
+        .ok_or_else(|| format!("'{first}' is no kind of device: begin with live, live-recoverable or fail-io"))?;
+    Ok(Script { device, steps: words.map(word).collect::<Result<_, _>>()? })
 }
 
 /// The ways on from a state; none where a walk ends.
-fn ways(state: State, recoverable: bool, kernel: KernelVersion) -> Vec<Step> {
+fn ways(rig: &Rig, kernel: KernelVersion) -> Vec<Step> {
+    let (state, open) = (rig.state, rig.client.is_some());
     let mut ways = match state {
         State::Absent => vec![Step::Add],
         State::Added => vec![Step::Configure, Step::Configure, Step::Configure, Step::Delete],
@@ -96,16 +94,16 @@ fn ways(state: State, recoverable: bool, kernel: KernelVersion) -> Vec<Step> {
         State::Opened => vec![Step::FetchOne, Step::FetchOne, Step::FetchOne, Step::DeleteAsync],
         State::Partly => vec![Step::FetchRest],
         State::Ready => vec![Step::Start],
-        State::Live => vec![Step::HoldRead, Step::HoldRead, Step::Stop, Step::Kill],
-        State::LiveRecoverable => vec![Step::HoldRead, Step::Stop, Step::Kill, Step::Kill],
+        State::Live | State::LiveRecoverable if open => vec![Step::CloseBlock, Step::Stop, Step::Kill],
+        State::Live => vec![Step::HoldRead, Step::OpenBlock, Step::Stop, Step::Kill],
+        // A read that is held, and then let go, leads to a device without recovery.
+        State::LiveRecoverable => vec![Step::OpenBlock, Step::Stop, Step::Kill, Step::Kill],
         State::Held => vec![Step::Release],
         State::Quiesced | State::FailIo => vec![Step::Recover],
         State::Recovering => vec![Step::EndRecovery],
-        State::StoppedOpen | State::Stopped | State::Dead | State::Deleting | State::Deleted => vec![],
+        State::StoppedOpen => vec![Step::CloseBlock],
+        State::Stopped | State::Dead | State::Deleting | State::Deleted => vec![],
     };
-    if recoverable {
-        ways.retain(|way| *way != Step::HoldRead);
-    }
     // Before 7.2.12 a server that dies with tags fetched and no START leaves something dangling, or does not die.
     if matches!(state, State::Partly | State::Ready)
         && kernel >= KernelVersion(7, 2, 12)
@@ -130,9 +128,9 @@ impl Lab {
             1 if State::FailIo.is_of(self.kernel) => State::FailIo,
             _ => State::Live,
         };
-        let mut script = Vec::new();
+        let mut steps = Vec::new();
         let mut rig = self.absent(target);
-        let walked = self.wander(&mut rng, &mut rig, probes, &mut script, counts);
+        let walked = self.wander(&mut rng, &mut rig, probes, &mut steps, counts);
         let undone = self.finish(rig);
         counts.walks += 1;
         let what = match (walked, undone) {
@@ -143,7 +141,7 @@ impl Lab {
             }
             (Err(failure), _) => return Err(failure),
         };
-        Ok(Some(Wrong { what, script }))
+        Ok(Some(Wrong { what, script: Script { device: target, steps } }))
     }
 
     fn absent(&self, target: State) -> Rig {
@@ -165,9 +163,8 @@ impl Lab {
         script: &mut Vec<Move>,
         counts: &mut Counts,
     ) -> Result<Option<String>, Failure> {
-        let recoverable = rig.features.contains(ublk::Features::USER_RECOVERY);
         while script.len() < WALK {
-            let ways = ways(rig.state, recoverable, self.kernel);
+            let ways = ways(rig, self.kernel);
             let usable: Vec<usize> = (0..probes.len()).filter(|index| self.usable(&probes[*index], rig)).collect();
             let one = match rng.below(8) {
                 0 if !ways.is_empty() => Move::Go(ways[rng.below(ways.len() as u64) as usize]),
@@ -202,8 +199,9 @@ impl Lab {
         probe.states.contains(&rig.state)
             && probe.gate(rig.state, self.kernel).is_none()
             && match probe.expected(rig.state, self.kernel) {
-                Some(Expected::Err(_)) => true,
-                Some(Expected::Ok) => probe.reads,
+                Some(expected @ Expected::Err(_)) => probe.is_harmless(expected),
+                // Parameters of all kinds are not what walks begin devices with.
+                Some(Expected::Ok) => probe.reads && probe.command != "SET_PARAMS",
                 _ => false,
             }
     }
@@ -223,7 +221,7 @@ impl Lab {
                 counts.moves += 1;
                 self.advance(rig, step)?;
                 let told = self.told(rig)?;
-                if told != rig.state.told() {
+                if told != rig.told() {
                     return Ok(Some(format!("after {step:?} the device is {told:?}, not {}", rig.state)));
                 }
             }
@@ -290,32 +288,25 @@ impl Lab {
     /// Runs a script from the beginning.
     pub(super) fn replay(
         &mut self,
-        script: &[Move],
+        script: &Script,
         probes: &[Probe],
         counts: &mut Counts,
     ) -> Result<Option<String>, Failure> {
-        for target in [State::Live, State::LiveRecoverable] {
-            let recovers = script.iter().any(|one| matches!(one, Move::Go(Step::Recover | Step::EndRecovery)));
-            if recovers != (target == State::LiveRecoverable) {
-                continue;
+        let mut rig = self.absent(script.device);
+        let mut wrong = Ok(None);
+        for one in &script.steps {
+            wrong = self.step(&mut rig, *one, probes, counts);
+            if !matches!(wrong, Ok(None)) {
+                break;
             }
-            let mut rig = self.absent(target);
-            let mut wrong = Ok(None);
-            for one in script {
-                wrong = self.step(&mut rig, *one, probes, counts);
-                if !matches!(wrong, Ok(None)) {
-                    break;
-                }
-            }
-            let undone = self.finish(rig);
-            return match (wrong, undone) {
-                (Ok(None), undone) => undone,
-                (Ok(Some(what)), _) => Ok(Some(what)),
-                (Err(failure @ (Failure::DeviceBroke(_) | Failure::Hang(_))), _) => Ok(Some(failure.to_string())),
-                (Err(failure), _) => Err(failure),
-            };
         }
-        Ok(None)
+        let undone = self.finish(rig);
+        match (wrong, undone) {
+            (Ok(None), undone) => undone,
+            (Ok(Some(what)), _) => Ok(Some(what)),
+            (Err(failure @ (Failure::DeviceBroke(_) | Failure::Hang(_))), _) => Ok(Some(failure.to_string())),
+            (Err(failure), _) => Err(failure),
+        }
     }
 
     /// Leaves out of a script that fails what it does not need to fail.
@@ -323,17 +314,18 @@ impl Lab {
         let mut best = wrong;
         let mut counts = Counts::default();
         let mut tries = 0;
-        let mut len = best.script.len() / 2;
+        let mut len = best.script.steps.len() / 2;
         while len > 0 && tries < SHRINKS {
             let mut at = 0;
-            while at < best.script.len() && tries < SHRINKS {
-                let until = (at + len).min(best.script.len());
+            while at < best.script.steps.len() && tries < SHRINKS {
+                let until = (at + len).min(best.script.steps.len());
                 let kept = |(index, one): (usize, &Move)| {
                     (!(at..until).contains(&index) || matches!(one, Move::Go(_))).then_some(*one)
                 };
-                let shorter: Vec<Move> = best.script.iter().enumerate().filter_map(kept).collect();
-                if shorter.len() < best.script.len() {
+                let shorter: Vec<Move> = best.script.steps.iter().enumerate().filter_map(kept).collect();
+                if shorter.len() < best.script.steps.len() {
                     tries += 1;
+                    let shorter = Script { steps: shorter, ..best.script };
                     if let Some(what) = self.replay(&shorter, probes, &mut counts)? {
                         best = Wrong { what, script: shorter };
                         continue;
@@ -362,14 +354,16 @@ mod tests {
     #[test]
     fn scripts_are_read_as_they_were_written() {
         let probes = super::super::probes();
-        let script = vec![
+        let steps = vec![
             Move::Go(Step::Add),
             Move::Probe(0),
             Move::Wild(77),
             Move::Probe(probes.len() - 1),
             Move::Go(Step::Abandon),
         ];
+        let script = Script { device: State::FailIo, steps };
         assert_eq!(read(&write(&script, &probes), &probes), Ok(script));
-        assert!(read("add; nonsense", &probes).is_err());
+        assert!(read("live; add; nonsense", &probes).is_err());
+        assert!(read("add", &probes).is_err(), "of what kind of device?");
     }
 }

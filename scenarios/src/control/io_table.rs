@@ -55,7 +55,8 @@ fn fetches() -> Vec<Probe> {
             ])
             .gated(&PARTLY_FETCHED_DEATH, &[Deleting]),
         io("FETCH_REQ", "second tag", false, move |_| about(fetch, 0, 1))
-            .gives([ok(&[Opened, Partly, Deleting]), err(ALL, Errno::EBUSY)]),
+            .gives([ok(&[Opened, Partly, Deleting]), err(ALL, Errno::EBUSY)])
+            .gated(&PARTLY_FETCHED_DEATH, &[Deleting]),
         io("FETCH_REQ", "second tag, another thread", true, move |_| about(fetch, 0, 1))
             .gives([
                 ok(&[Opened, Partly, Deleting]),
@@ -124,12 +125,10 @@ fn others() -> Vec<Probe> {
             .gives(owned_then_invalid()),
         io("REGISTER_IO_BUF", "without zero copy", false, buffer(ublk::IO_REGISTER_IO_BUF))
             .gives(owned_then_invalid()),
-        io("UNREGISTER_IO_BUF", "without zero copy", false, buffer(ublk::IO_UNREGISTER_IO_BUF))
-            .gives([
-                err(&[Partly, Ready, Live, StoppedOpen, Stopped, Recovering], Errno::EBUSY).before(V6_16),
-                err(ALL, Errno::EINVAL),
-            ])
-            .gated(&PARTLY_FETCHED_DEATH, &[Deleting]),
+        io("UNREGISTER_IO_BUF", "without zero copy", false, buffer(ublk::IO_UNREGISTER_IO_BUF)).gives([
+            err(&[Partly, Ready, Live, StoppedOpen, Stopped, Recovering], Errno::EBUSY).before(V6_16),
+            err(ALL, Errno::EINVAL),
+        ]),
         io("PREP_IO_CMDS", "without batches", false, batch(ublk::IO_PREP_IO_CMDS)).gives(owned_then_invalid()),
         io("COMMIT_IO_CMDS", "without batches", false, batch(ublk::IO_COMMIT_IO_CMDS)).gives(owned_then_invalid()),
         io("FETCH_IO_CMDS", "without batches", false, batch(ublk::IO_FETCH_IO_CMDS)).gives(owned_then_invalid()),

@@ -18,7 +18,7 @@ fn passes(arguments: &str, work: &str, minimum: u64) {
 }
 
 fn commands_before_a_start_give_what_the_table_says() {
-    passes("control --seed 1 --states absent,added,partly-fetched", "cells", 220);
+    passes("control --seed 1 --states absent,added,configured", "cells", 260);
 }
 
 fn commands_to_a_live_device_give_what_the_table_says() {

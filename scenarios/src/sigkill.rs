@@ -254,7 +254,7 @@ impl Args {
                 if let Err(failure) = &result
                     && !matches!(failure, Failure::Interrupted)
                 {
-                    report.verdict = "FAIL".to_owned();
+                    "FAIL".clone_into(&mut report.verdict);
                     context.note(self.alone(point, mode, round, context.seed()));
                 }
                 if !report.verdict.is_empty() {
@@ -317,7 +317,7 @@ impl Args {
         if let Some(gate) = point.gate()
             && context.gated(gate, &name)
         {
-            report.verdict = gate.name.to_owned();
+            gate.name.clone_into(&mut report.verdict);
             return Ok(());
         }
         let evidence = context.evidence();

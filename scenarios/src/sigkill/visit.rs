@@ -482,7 +482,6 @@ impl Cell<'_> {
     }
 
     /// Writes through the page cache, where it stays.
-    #[expect(clippy::type_complexity, reason = "the file, and the operations on it")]
     fn make_dirty(&mut self) -> Result<(File, Vec<(ublkit_harness::ledger::Ticket, u64)>), Failure> {
         let path = block_path(self.id);
         let file = File::options().read(true).write(true).open(path);

@@ -97,6 +97,16 @@ pub const KILLED_RECOVERY: Gate = Gate {
     kernels: &[(KernelVersion(6, 0, 0), KernelVersion(7, 1, 0))],
 };
 
+/// Kernels from 7.0 on die of a request to a queue that is recovered when its server dies before the others are.
+pub const HALF_RECOVERED_DEATH: Gate = Gate {
+    name: "half-recovered-death",
+    bug: "a server that dies in a recovery when one queue has all its tags and another has not: the first queue is not marked as \
+          canceling again, and its next request goes to a command that is gone (a NULL pointer is followed in ublk_queue_rq)",
+    fixed: "not yet: 7.2.12 dies of it and 7.3-rc7 has the same code; a patch is on linux-block, 'ublk: clear ub->canceling with the \
+            queue's own flag' of 2026-09-28",
+    kernels: &[(KernelVersion(7, 0, 0), KernelVersion(u32::MAX, 0, 0))],
+};
+
 /// 6.16 to 7.0 die in `UPDATE_SIZE` of a device that has no disk.
 pub const UPDATE_SIZE_UNSTARTED: Gate = Gate {
     name: "update-size-unstarted",
@@ -155,6 +165,7 @@ pub const GATES: &[&Gate] = &[
     &KILLED_SCAN,
     &FULL_QUEUE,
     &KILLED_RECOVERY,
+    &HALF_RECOVERED_DEATH,
     &UPDATE_SIZE_UNSTARTED,
     &START_AFTER_STOP,
     &START_AFTER_DEATH,

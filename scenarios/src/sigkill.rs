@@ -35,7 +35,7 @@ use ublkit_harness::Seed;
 use self::aftermath::KernelLog;
 use self::cell::{Cell, Report};
 use self::mode::Mode;
-use self::point::Point;
+use self::point::{Point, Reached};
 use self::store::BLOCK;
 use crate::cli::CommonArgs;
 use crate::context::Context;
@@ -85,7 +85,7 @@ const PLANTS: &[crate::scenario::Plant] = &[
     crate::scenario::Plant {
         name: "forget-reissued",
         about: "a server that takes over and acknowledges what is given to it again, as if it had been done",
-        arguments: &["--plant", "forget-reissued", "--phase", "all-tags", "--mode", "reissue"],
+        arguments: &["--plant", "forget-reissued", "--phase", "all-tags,working", "--mode", "reissue"],
     },
     crate::scenario::Plant {
         name: "leaked-id",
@@ -138,6 +138,9 @@ pub struct Args {
     /// Do each point in one of the modes, drawn, and not in all of them
     #[arg(long, help_heading = "Grid")]
     sample: bool,
+    /// How far a server comes that is killed while it takes over; by default drawn among what the kernel survives
+    #[arg(long, value_name = "NAME", value_enum, help_heading = "Grid")]
+    reached: Option<Reached>,
     /// Size of the device
     #[arg(long, value_name = "BYTES", default_value = "1M", value_parser = parse_bytes, help_heading = "Device")]
     size: u64,
@@ -164,6 +167,7 @@ impl Scenario for Args {
             ("rounds", json!(self.rounds)),
             ("first_round", json!(self.first_round)),
             ("sample", json!(self.sample)),
+            ("reached", json!(self.reached)),
             ("size", json!(self.size)),
             ("queues", json!(self.queues)),
             ("depth", json!(self.depth)),
@@ -209,7 +213,7 @@ impl Scenario for Args {
 /// The least id that no device has.
 fn free_id() -> u32 {
     let taken = |id: u32| std::path::Path::new("/sys/class/ublk-char").join(format!("ublkc{id}")).exists();
-    (0..).find(|id| !taken(*id)).unwrap_or(0)
+    (0..u32::MAX).find(|id| !taken(*id)).unwrap_or(0)
 }
 
 impl Args {
@@ -250,7 +254,7 @@ impl Args {
                 if let Err(failure) = &result
                     && !matches!(failure, Failure::Interrupted)
                 {
-                    report.verdict = "FAIL".to_owned();
+                    "FAIL".clone_into(&mut report.verdict);
                     context.note(self.alone(point, mode, round, context.seed()));
                 }
                 if !report.verdict.is_empty() {
@@ -277,15 +281,20 @@ impl Args {
 
     /// How to do this cell again, and no other.
     fn alone(&self, point: Point, mode: Mode, round: u64, seed: Seed) -> String {
-        let mut command =
-            format!("this cell alone: ublk-torture sigkill --phase {} --mode {}", point.name(), mode.name());
-        if round > 0 {
-            command.push_str(&format!(" --first-round {round}"));
-        }
-        if let Some(plant) = self.plant.and_then(|plant| plant.to_possible_value()) {
-            command.push_str(&format!(" --plant {}", plant.get_name()));
-        }
-        format!("{command} --size {} --queues {} --depth {} --seed {seed}", self.size, self.queues, self.depth)
+        let from = if round > 0 { format!(" --first-round {round}") } else { String::new() };
+        let reached = self.reached.and_then(|reached| reached.to_possible_value());
+        let reached = reached.map_or_else(String::new, |reached| format!(" --reached {}", reached.get_name()));
+        let plant = self.plant.and_then(|plant| plant.to_possible_value());
+        let plant = plant.map_or_else(String::new, |plant| format!(" --plant {}", plant.get_name()));
+        format!(
+            "this cell alone: ublk-torture sigkill --phase {} --mode {}{from}{reached}{plant} --size {} --queues {} --depth {} \
+             --seed {seed}",
+            point.name(),
+            mode.name(),
+            self.size,
+            self.queues,
+            self.depth
+        )
     }
 
     fn cell(
@@ -308,27 +317,31 @@ impl Args {
         if let Some(gate) = point.gate()
             && context.gated(gate, &name)
         {
-            report.verdict = gate.name.to_owned();
+            gate.name.clone_into(&mut report.verdict);
             return Ok(());
         }
         let evidence = context.evidence();
-        evidence.require("cells", 1);
+        let cells = evidence.snapshot().count("cells") + 1;
+        evidence.require("cells", cells);
+        evidence.require("cells_in_place", cells);
         evidence.require("kills", 1);
         evidence.require("verified_bytes", self.size);
         evidence.require("ids_reused", 1);
         context.step(&name, CELL_LIMIT, |context| {
             let shape = Shape { bytes: self.size, queues: self.queues, depth: self.depth };
             let seed = context.seed().derive(&name, round);
-            let mut cell = Cell::new(context, controller, shape, self.plant, report.clone(), seed, id)?;
+            let mut cell = Cell::new(context, controller, shape, self.plant, self.reached, report.clone(), seed, id)?;
             let result = cell.run();
             *report = cell.report.clone();
             // Its storage goes with it.
             drop(cell);
             result.and_then(|()| look_around(id, before, log))?;
+            // START is hit by luck alone; that it never was shows in the evidence.
             if report.in_place == 0 && point != Point::Starting {
                 return Err(Failure::Internal(format!("{name}: the kill did not fall where it was meant to")));
             }
             "ok".clone_into(&mut report.verdict);
+            context.evidence().add("cells_in_place", u64::from(report.in_place > 0));
             let evidence = context.evidence();
             evidence.add("cells", 1);
             evidence.add("kills_in_place", report.in_place);

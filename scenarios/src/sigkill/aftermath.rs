@@ -21,8 +21,8 @@ pub(super) fn stuck_threads() -> Vec<String> {
             return stuck
                 .iter()
                 .map(|(task, (name, _))| {
-                    let stack = std::fs::read_to_string(task.join("stack")).unwrap_or_default();
-                    format!("{} ({name}): {}", task.display(), stack.lines().collect::<Vec<_>>().join(" < "))
+                    let frames = std::fs::read_to_string(task.join("stack")).unwrap_or_default();
+                    format!("{} ({name}): {}", task.display(), frames.lines().collect::<Vec<_>>().join(" < "))
                 })
                 .collect();
         }

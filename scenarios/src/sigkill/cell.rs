@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use serde::Serialize;
 use ublkit::ctrl::{State, block_path, character_path};
 use ublkit::{Controller, ErrorKind};
@@ -15,7 +16,7 @@ use ublkit_harness::{Seed, SeededRng};
 use super::book::Book;
 use super::load::{self, Load};
 use super::mode::Mode;
-use super::point::Point;
+use super::point::{Point, Reached};
 use super::process::{Killed, Process};
 use super::protocol::{Command, Hold, Order, What};
 use super::timeline::Death;
@@ -82,6 +83,17 @@ impl Report {
     }
 }
 
+/// What there is of the device that has the id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// Nothing
+    Gone,
+    /// It is there, served or dead
+    There,
+    /// It waits for another server
+    Waits,
+}
+
 /// A cell that is under way.
 pub(super) struct Cell<'a> {
     pub(super) context: &'a Context,
@@ -100,13 +112,12 @@ pub(super) struct Cell<'a> {
     lives: u32,
     /// It has made a device, whatever has become of it.
     made: bool,
-    /// There is a device with the id.
-    pub(super) exists: bool,
-    /// It waits for another server.
-    pub(super) recoverable: bool,
+    standing: Standing,
     /// This cell has had the id already, and deleted the device: whoever starts another has used it again.
     pub(super) deleted: bool,
     pub(super) granted: Option<(u16, u16)>,
+    /// How far a server comes that is killed while it takes over, if that is not to be drawn.
+    pub(super) reached: Option<Reached>,
 }
 
 /// A file that is in no directory and outlives every server: in memory, where that is to be had.
@@ -128,6 +139,7 @@ impl<'a> Cell<'a> {
         controller: &'a Controller,
         shape: Shape,
         plant: Option<Plant>,
+        reached: Option<Reached>,
         report: Report,
         seed: Seed,
         id: u32,
@@ -154,11 +166,16 @@ impl<'a> Cell<'a> {
             older,
             lives: 0,
             made: false,
-            exists: false,
-            recoverable: false,
+            standing: Standing::Gone,
             deleted: false,
             granted: None,
+            reached,
         })
+    }
+
+    /// Whether the device waits for another server.
+    pub(super) fn waits(&self) -> bool {
+        self.standing == Standing::Waits
     }
 
     pub(super) fn run(&mut self) -> Result<(), Failure> {
@@ -187,7 +204,7 @@ impl<'a> Cell<'a> {
     pub(super) fn serve(&mut self, hold: Option<Hold>) -> Result<Process, Failure> {
         let order = Order {
             id: self.id,
-            recover: self.recoverable,
+            recover: self.waits(),
             mode: self.mode,
             storage: path_of(&self.storage),
             older: self.older.as_ref().map(path_of),
@@ -198,17 +215,17 @@ impl<'a> Cell<'a> {
             hold,
             plant: self.plant,
         };
-        if self.recoverable
+        if self.waits()
             && let Some(death) = self.book.timeline().open_mut()
         {
             death.recovering.get_or_insert_with(nanoseconds);
         }
         let mut process = Process::start(self.context, &order)?;
         self.lives += 1;
-        if !self.recoverable {
+        if !self.waits() {
             let added = |what: &What| matches!(what, What::Phase(phase) if phase == "added").then_some(());
             process.wait_for("ADD", added)?;
-            (self.made, self.exists) = (true, true);
+            (self.made, self.standing) = (true, Standing::There);
             self.context.record.made(self.id);
         }
         Ok(process)
@@ -240,14 +257,14 @@ impl<'a> Cell<'a> {
     /// A server serves.
     fn served(&mut self) {
         let mut timeline = self.book.timeline();
-        if !self.recoverable {
+        if !self.waits() {
             // Another device: what the one before went through is over.
             timeline.deaths.clear();
         } else if let Some(death) = timeline.open_mut() {
             death.recovered = Some(nanoseconds());
         }
         drop(timeline);
-        self.recoverable = false;
+        self.standing = Standing::There;
     }
 
     /// A CPU of each queue.
@@ -302,8 +319,28 @@ impl<'a> Cell<'a> {
     pub(super) fn mourn(&mut self, took: Duration) -> Result<(), Failure> {
         let begun = Instant::now();
         self.await_state(self.mode.state())?;
+        self.await_release()?;
         self.has_died(took + begun.elapsed());
         Ok(())
+    }
+
+    /// Waits until the driver has let go of the dead server. The state is told before, and where the next server died too, it has
+    /// been there all the time; until the end of the last one's rings, its queues may get requests. What tells for sure is that the
+    /// character device can be opened, which changes nothing.
+    pub(super) fn await_release(&self) -> Result<(), Failure> {
+        let path = character_path(self.id);
+        let begun = Instant::now();
+        loop {
+            match File::options().read(true).write(true).open(&path) {
+                Ok(_) => return Ok(()),
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) && begun.elapsed() < STATE_LIMIT => {}
+                Err(error) => {
+                    let what = format!("open {} after {:?}", path.display(), begun.elapsed());
+                    return Err(Failure::io(what, &error));
+                }
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// The server is dead, and the device is where it belongs.
@@ -316,7 +353,9 @@ impl<'a> Cell<'a> {
             death.gone = Some(nanoseconds());
         }
         self.book.settle();
-        self.recoverable = self.mode.recovers();
+        if self.mode.recovers() {
+            self.standing = Standing::Waits;
+        }
     }
 
     /// Kills a server that never came to START: all that is left is an id.
@@ -326,6 +365,7 @@ impl<'a> Cell<'a> {
         self.context.evidence().add("kills", 1);
         self.report.death_ms = self.report.death_ms.max(killed.took.as_millis() as u64);
         self.await_state(State::Dead)?;
+        self.await_release()?;
         if block_path(self.id).exists() {
             return Err(Failure::broke("state", "a device that was never started has a disk"));
         }
@@ -363,7 +403,7 @@ impl<'a> Cell<'a> {
     /// DEL, and nothing is left of the device.
     pub(super) fn delete(&mut self) -> Result<(), Failure> {
         if self.plant == Some(Plant::LeakedId) {
-            self.exists = false;
+            self.standing = Standing::Gone;
             return Ok(());
         }
         self.controller.delete(self.id, CONTROL_LIMIT)?;
@@ -385,8 +425,7 @@ impl<'a> Cell<'a> {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        self.exists = false;
-        self.recoverable = false;
+        self.standing = Standing::Gone;
         self.deleted = true;
         self.context.record.gone(self.id);
         Ok(())
@@ -414,7 +453,7 @@ impl<'a> Cell<'a> {
     /// The end of every cell: a device that is served is verified and closed; the id is used again, at once, by a device
     /// that serves what is in the storage.
     fn take_leave(&mut self) -> Result<(), Failure> {
-        if self.exists && !self.recoverable {
+        if self.standing == Standing::There {
             self.delete()?;
         }
         let again = self.deleted;

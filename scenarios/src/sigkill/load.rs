@@ -108,6 +108,11 @@ impl Load {
         self.wait_until(&format!("{operations} more operations were done"), || done() >= enough)
     }
 
+    /// Operations in flight now.
+    pub(super) fn in_flight(&self) -> u64 {
+        self.told.in_flight.load(Ordering::Relaxed)
+    }
+
     /// Waits for something that the workers bring about, for as long as they are at it.
     pub(super) fn wait_until(&self, what: &str, there: impl Fn() -> bool) -> Result<(), Failure> {
         let deadline = Instant::now() + END_LIMIT;
@@ -119,7 +124,7 @@ impl Load {
             if Instant::now() >= deadline {
                 return Err(Failure::Hang(format!(
                     "{what}: not within {END_LIMIT:?}; {} operations are in flight",
-                    self.told.in_flight.load(Ordering::Relaxed)
+                    self.in_flight()
                 )));
             }
             std::thread::sleep(Duration::from_millis(1));
@@ -140,7 +145,7 @@ impl Load {
             if Instant::now() >= deadline {
                 return Err(Failure::Hang(format!(
                     "{} operations have not ended within {END_LIMIT:?}",
-                    self.told.in_flight.load(Ordering::Relaxed)
+                    self.in_flight()
                 )));
             }
             std::thread::sleep(Duration::from_millis(1));

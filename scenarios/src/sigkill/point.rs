@@ -102,24 +102,29 @@ impl Point {
 }
 
 /// How far the next server comes that is killed while it takes over.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Reached {
+    /// The recovery has begun, or there is an id and nothing else
     Added,
+    /// It has the character device open
     Configured,
+    /// One queue has fetched its tags, another has not
     MidFetch,
+    /// Every tag is fetched, and the recovery, or START, was not ended
     Fetched,
 }
 
 impl Reached {
     pub(super) const ALL: [Self; 4] = [Self::Added, Self::Configured, Self::MidFetch, Self::Fetched];
 
-    /// The bug of some kernels that does not let this be done. Where nothing is recovered, a new device is begun.
-    pub(super) const fn gate(self, mode: Mode) -> Option<&'static Gate> {
+    /// The bugs of some kernels that do not let this be done. Where nothing is recovered, a new device is begun.
+    pub(super) const fn gates(self, mode: Mode) -> &'static [&'static Gate] {
         match self {
-            Self::Added | Self::Configured => None,
-            Self::MidFetch | Self::Fetched if !mode.recovers() => Some(&gates::ABANDONED_START),
-            Self::MidFetch | Self::Fetched => Some(&gates::KILLED_RECOVERY),
+            Self::Added | Self::Configured => &[],
+            Self::MidFetch | Self::Fetched if !mode.recovers() => &[&gates::ABANDONED_START],
+            Self::MidFetch => &[&gates::KILLED_RECOVERY, &gates::HALF_RECOVERED_DEATH],
+            Self::Fetched => &[&gates::KILLED_RECOVERY],
         }
     }
 }

@@ -61,9 +61,9 @@ impl Store {
     }
 
     /// The planted bug of a server that keeps a copy of its storage when it begins, and its successor serves that.
-    fn mix_up(file: &File, older: &std::path::Path, order: &Order) -> io::Result<()> {
-        let older = File::options().read(true).write(true).open(older)?;
-        let (from, to) = if order.lives == 0 { (file, &older) } else { (&older, file) };
+    fn mix_up(file: &File, copy: &std::path::Path, order: &Order) -> io::Result<()> {
+        let copy = File::options().read(true).write(true).open(copy)?;
+        let (from, to) = if order.lives == 0 { (file, &copy) } else { (&copy, file) };
         let mut bytes = vec![0; order.bytes as usize];
         from.read_exact_at(&mut bytes, 0)?;
         to.write_all_at(&bytes, 0)

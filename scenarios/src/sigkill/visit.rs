@@ -18,11 +18,10 @@ use super::process::{Killed, Process, stacks};
 use super::protocol::{Command, Hold, Kind, Stage, What};
 use super::timeline::Ended;
 use crate::clock::nanoseconds;
-use crate::gates::KernelVersion;
 use crate::scenario::Failure;
 
 /// How often START is tried to be hit from within, in one cell.
-const START_ATTEMPTS: u32 = 6;
+const START_ATTEMPTS: u32 = 16;
 /// What START takes, as long as nobody has measured it.
 const START_GUESS: Duration = Duration::from_millis(4);
 /// Kills at a drawn time come within this much of what they follow.
@@ -35,12 +34,12 @@ const DIRTY_BLOCKS: u64 = 48;
 impl Cell<'_> {
     pub(super) fn visit(&mut self) -> Result<(), Failure> {
         match self.point {
-            Point::Added => self.before_start(Hold::Phase("added".to_owned())),
-            Point::MidFetch => self.before_start(MID_FETCH),
-            Point::Fetched => self.before_start(Hold::Phase("fetched".to_owned())),
+            Point::Added => self.before_start(&Hold::Phase("added".to_owned())),
+            Point::MidFetch => self.before_start(&MID_FETCH),
+            Point::Fetched => self.before_start(&Hold::Phase("fetched".to_owned())),
             Point::Starting => self.starting(),
-            Point::Started => self.started(Hold::Phase("started".to_owned())),
-            Point::Scanning => self.started(Hold::Requests(Kind::Any, Stage::Before)),
+            Point::Started => self.started(&Hold::Phase("started".to_owned())),
+            Point::Scanning => self.started(&Hold::Requests(Kind::Any, Stage::Before)),
             Point::Idle => self.idle(),
             Point::Working | Point::AllTags | Point::Uncommitted | Point::Flushing => self.at_work(),
             Point::QueueThread => self.queue_thread(),
@@ -114,10 +113,10 @@ impl Cell<'_> {
         )))
     }
 
-    fn before_start(&mut self, hold: Hold) -> Result<(), Failure> {
-        let process = self.stopped_before_start(&hold)?;
-        self.kill_unstarted(process)?;
-        self.in_place(true);
+    fn before_start(&mut self, hold: &Hold) -> Result<(), Failure> {
+        let process = self.stopped_before_start(hold)?;
+        let killed = self.kill_unstarted(process)?;
+        self.in_place(was_held_at(&killed, hold));
         self.delete()
     }
 
@@ -190,20 +189,20 @@ impl Cell<'_> {
     }
 
     /// There is a disk, and nobody but the kernel has looked at it.
-    fn started(&mut self, hold: Hold) -> Result<(), Failure> {
-        let mut process = self.serve(Some(hold))?;
+    fn started(&mut self, hold: &Hold) -> Result<(), Failure> {
+        let mut process = self.serve(Some(hold.clone()))?;
         Self::held(&mut process, 1, 0)?;
-        self.kill(process)?;
-        self.in_place(true);
+        let killed = self.kill(process)?;
+        self.in_place(was_held_at(&killed, hold));
         self.bring_back().map(drop)
     }
 
     /// What comes after a death: the device is deleted if it is dead. Says whether it waits for another server.
     fn bring_back(&mut self) -> Result<bool, Failure> {
-        if !self.recoverable {
+        if !self.waits() {
             self.delete()?;
         }
-        Ok(self.recoverable)
+        Ok(self.waits())
     }
 
     fn idle(&mut self) -> Result<(), Failure> {
@@ -221,22 +220,23 @@ impl Cell<'_> {
         let mut process = self.serving()?;
         let load = self.load()?;
         let (queues, depth) = self.granted.unwrap_or((1, 1));
-        let hold = match self.point {
+        let wanted = match self.point {
             Point::AllTags => Some((Hold::Requests(Kind::Any, Stage::Before), u32::from(queues * depth), 0)),
             Point::Uncommitted => Some((Hold::Requests(Kind::Writes, Stage::After), 1, 1)),
             Point::Flushing => Some((Hold::Requests(Kind::Flushes, Stage::Before), 1, 1)),
             _ => None,
         };
-        if let Some((hold, held, changes)) = hold {
+        if let Some((hold, requests, changes)) = wanted {
             process.tell(&Command::Hold(hold))?;
-            Self::held(&mut process, held, changes)?;
+            Self::held(&mut process, requests, changes)?;
         } else {
             let wait = self.drawn(DRAWN_MAX);
             std::thread::sleep(wait);
             self.report.where_drawn = Some(format!("{} us under load", wait.as_micros()));
         }
+        let busy = load.in_flight() > 0;
         let killed = self.kill(process)?;
-        self.in_place(true);
+        self.in_place(busy);
         let (held, changes) = Self::last_held(&killed);
         self.report.held += u64::from(held);
         self.after_a_death_at_work(load, changes)
@@ -253,41 +253,42 @@ impl Cell<'_> {
 
     /// The server is dead, with so many writes and flushes in its hands; the load looks what becomes of them.
     fn after_a_death_at_work(&mut self, load: Load, in_hand: u32) -> Result<(), Failure> {
-        let failed = |cell: &Self| cell.book.tally.failed_changes.load(Ordering::Relaxed);
-        let enough = u64::from(in_hand);
         match self.mode {
             Mode::None => {
                 load.join()?;
-                self.all_failed(failed(self), enough)?;
+                self.all_fail(in_hand)?;
                 self.book.pulled()?;
                 self.bring_back().map(drop)
             }
             Mode::Reissue => self.go_on(load),
             Mode::Wait => {
-                let begun = Instant::now();
-                while failed(self) < enough && begun.elapsed() < CONTROL_LIMIT {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                self.all_failed(failed(self), enough)?;
+                self.all_fail(in_hand)?;
                 self.go_on(load)
             }
             Mode::FailIo => {
                 let refused = || self.book.tally.refused.load(Ordering::Relaxed);
                 let already = refused();
                 load.wait_until("I/O was turned away while there is no server", || refused() > already)?;
-                self.all_failed(failed(self), enough)?;
+                self.all_fail(in_hand)?;
                 self.go_on(load)
             }
         }
     }
 
     /// What the server had in its hands fails, each of it.
-    fn all_failed(&self, failed: u64, in_hand: u64) -> Result<(), Failure> {
-        if failed >= in_hand {
-            return Ok(());
+    fn all_fail(&self, in_hand: u32) -> Result<(), Failure> {
+        let failed = || self.book.tally.failed_changes.load(Ordering::Relaxed);
+        let begun = Instant::now();
+        while failed() < u64::from(in_hand) {
+            if begun.elapsed() >= CONTROL_LIMIT {
+                let failed = failed();
+                let what =
+                    format!("the server died with {in_hand} writes and flushes in its hands, and {failed} failed");
+                return Err(Failure::broke("sigkill", what));
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        let what = format!("the server died with {in_hand} writes and flushes in its hands, and {failed} failed");
-        Err(Failure::broke("sigkill", what))
+        Ok(())
     }
 
     /// Another server takes over, under the same load; the cell's end verifies and closes what it serves.
@@ -310,16 +311,18 @@ impl Cell<'_> {
             self.delete()?;
             let process = self.serving()?;
             let load = self.load()?;
+            let busy = load.in_flight() > 0;
             self.kill(process)?;
-            self.in_place(true);
+            self.in_place(busy);
             return self.after_a_death_at_work(load, 0);
         }
         let process = self.serving()?;
         let wait = self.drawn(DRAWN_MAX / 3);
         std::thread::sleep(wait);
         self.report.where_drawn = Some(format!("{} us after the recovery", wait.as_micros()));
+        let busy = load.in_flight() > 0;
         self.kill(process)?;
-        self.in_place(true);
+        self.in_place(busy);
         self.after_a_death_at_work(load, 0)
     }
 
@@ -341,26 +344,26 @@ impl Cell<'_> {
             self.book.pulled()?;
             self.delete()?;
             let process = self.stopped_before_start(&hold)?;
-            self.kill_unstarted(process)?;
-            self.in_place(true);
+            let killed = self.kill_unstarted(process)?;
+            self.in_place(was_held_at(&killed, &hold));
             return self.delete();
         }
         let process = self.stopped_before_start(&hold)?;
-        self.kill(process)?;
-        self.in_place(true);
+        let killed = self.kill(process)?;
+        self.in_place(was_held_at(&killed, &hold));
         self.after_a_death_at_work(load, 0)
     }
 
-    /// How far the next server comes: drawn among what this kernel survives.
+    /// How far the next server comes: drawn among what this kernel survives, or as was asked for, whatever it survives.
     fn draw_reached(&mut self) -> Reached {
+        if let Some(reached) = self.reached {
+            return reached;
+        }
         let open: Vec<_> = Reached::ALL
             .into_iter()
             .filter(|reached| {
-                reached.gate(self.mode).is_none_or(|gate| {
-                    let shut = gate.is_shut(KernelVersion::here());
-                    let what = format!("recovering × {}: killed when {reached:?}", self.mode.name());
-                    !shut || !self.context.gated(gate, &what)
-                })
+                let what = format!("recovering × {}: killed when {reached:?}", self.mode.name());
+                !reached.gates(self.mode).iter().any(|gate| self.context.gated(gate, &what))
             })
             .collect();
         self.rng.pick(&open).copied().unwrap_or(Reached::Added)
@@ -375,6 +378,7 @@ impl Cell<'_> {
         process.tell(&Command::EndQueue)?;
         process.wait_for("the end of a queue's thread", |what| matches!(what, What::QueueEnded(_)).then_some(()))?;
         self.await_state(self.mode.state())?;
+        self.await_release()?;
         // What its workers were at is not decided while they live.
         process.kill()?;
         self.report.kills += 1;
@@ -389,8 +393,9 @@ impl Cell<'_> {
     fn abandoned(&mut self) -> Result<(), Failure> {
         let process = self.serving()?;
         let load = self.load()?;
+        let busy = load.in_flight() > 0;
         self.kill(process)?;
-        self.in_place(true);
+        self.in_place(busy);
         self.book.timeline().ending = Some(nanoseconds());
         // With its disk open, the device is deleted when those who have it open let go: which they do when their I/O has failed.
         self.delete()?;
@@ -477,7 +482,6 @@ impl Cell<'_> {
     }
 
     /// Writes through the page cache, where it stays.
-    #[expect(clippy::type_complexity, reason = "the file, and the operations on it")]
     fn make_dirty(&mut self) -> Result<(File, Vec<(ublkit_harness::ledger::Ticket, u64)>), Failure> {
         let path = block_path(self.id);
         let file = File::options().read(true).write(true).open(path);
@@ -528,5 +532,18 @@ impl Cell<'_> {
         }
         // DEL was as good as done: the id is free when nobody has the device open, without anybody's doing.
         self.no_more()
+    }
+}
+
+/// Whether a server that was told to stop at one place has gone no further, by its last words.
+fn was_held_at(killed: &Killed, hold: &Hold) -> bool {
+    let last = killed.words.iter().rev().find_map(|word| match &word.what {
+        What::Phase(phase) => Some(phase.as_str()),
+        _ => None,
+    });
+    match hold {
+        Hold::Phase(phase) => last == Some(phase),
+        Hold::Open(_) => last == Some("configured"),
+        Hold::Requests(..) => killed.words.iter().any(|word| matches!(word.what, What::Holding { .. })),
     }
 }

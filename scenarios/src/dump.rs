@@ -74,8 +74,10 @@ pub(crate) fn ask_for_all(watchdog: &Watchdog, log: Option<KernelLog>, report: O
 /// # Errors
 /// Those of writing a file.
 pub(crate) fn keep(report: &Path, records: &[Record]) -> std::io::Result<()> {
-    let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
-    fs::write(report.join("kernel.log"), lines)
+    let mut lines: Vec<_> = records.iter().map(ToString::to_string).collect();
+    // The last line ends too.
+    lines.push(String::new());
+    fs::write(report.join("kernel.log"), lines.join("\n"))
 }
 
 fn said(records: &[Record]) -> Vec<String> {

@@ -41,10 +41,11 @@ fn look(pids: &[u32]) {
                 }
             };
             let mut unwinding = image::Unwinding::new(&images);
-            let (taken, remarks) = stop::take(pid);
+            let (mut taken, remarks) = stop::take(pid);
             for remark in remarks {
                 tell(&Told::Remark(format!("process {pid}: {remark}")));
             }
+            taken.sort_by_cached_key(|thread| rank(pid, thread.tid));
             let stacks = taken.iter().map(|thread| (thread.tid, unwinding.addresses(thread)));
             // The kernel's own threads of a process, such as an io_uring's, have no user space.
             let stacks: Vec<_> =
@@ -68,10 +69,30 @@ fn look(pids: &[u32]) {
         }
         looked_at.push((pid, images, stacks));
     }
-    for (pid, images, stacks) in &looked_at {
-        for (tid, addresses) in stacks {
-            tell(&Told::Thread { pid: *pid, tid: *tid, frames: names.lines(images, addresses) });
+    let all =
+        looked_at.iter().flat_map(|(pid, images, stacks)| stacks.iter().map(move |stack| (*pid, *images, stack)));
+    let mut all: Vec<_> = all.collect();
+    all.sort_by_cached_key(|(pid, _, (tid, _))| rank(*pid, *tid));
+    for (pid, images, (tid, addresses)) in all {
+        tell(&Told::Thread { pid, tid: *tid, frames: names.lines(images, addresses) });
+    }
+}
+
+/// Which threads are told of first, for time may run out: those that serve a device, then those that do the work, last
+/// those that are there for reports and signals.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+fn rank(pid: u32, tid: u32) -> u8 {
+    let comm = std::fs::read_to_string(format!("/proc/{pid}/task/{tid}/comm")).unwrap_or_default();
+    match comm.trim() {
+        "events" | "watchdog" | "signals" | "teller" | "asked" | "look" | "backtraces" | "last-resort" => 2,
+        // `ublk0-q0`, `ublk0-w1`, but not `ublk-torture` or `ublkit-sync`.
+        name if name
+            .strip_prefix("ublk")
+            .is_some_and(|rest| rest.starts_with(|next: char| next.is_ascii_digit())) =>
+        {
+            0
         }
+        _ => 1,
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use addr2line::gimli::{Dwarf, EndianSlice, NativeEndian, SectionId};
-use object::{Object as _, ObjectSection as _, ObjectSymbol as _, SymbolKind};
+use object::{Object as _, ObjectSection as _, ObjectSymbol as _, ObjectSymbolTable as _, SymbolIndex, SymbolKind};
 
 use super::image::{Image, Images};
 
@@ -21,29 +21,44 @@ pub(super) struct Names {
 
 type Lines = addr2line::Context<EndianSlice<'static, NativeEndian>>;
 
-/// Functions by address: where each begins and ends, and its name.
-struct Symbols(Vec<(u64, u64, String)>);
+/// Functions by address: where each begins and ends, and which symbol it is. Their names are read when they are asked for:
+/// each of them is a read of the file, and there are tens of thousands.
+struct Symbols(Vec<(u64, u64, Place)>);
+
+/// Which symbol: its table and its index there.
+#[derive(Clone, Copy)]
+enum Place {
+    Static(SymbolIndex),
+    Dynamic(SymbolIndex),
+}
 
 impl Symbols {
     fn of(image: &Image) -> Self {
         let Some(object) = image.object() else { return Self(Vec::new()) };
-        let mut symbols: Vec<_> = object
-            .symbols()
-            .chain(object.dynamic_symbols())
-            .filter(|symbol| symbol.kind() == SymbolKind::Text && symbol.address() > 0)
-            .filter_map(|symbol| {
-                let (start, name) = (symbol.address(), symbol.name().ok()?);
-                Some((start, start + symbol.size().max(1), name.to_owned()))
-            })
+        let all = object.symbols().map(|symbol| (Place::Static(symbol.index()), symbol));
+        // A library without a symbol table has this one.
+        let dynamic = object.dynamic_symbols().map(|symbol| (Place::Dynamic(symbol.index()), symbol));
+        let mut symbols: Vec<_> = all
+            .chain(dynamic)
+            .filter(|(_, symbol)| symbol.kind() == SymbolKind::Text && symbol.address() > 0)
+            .map(|(place, symbol)| (symbol.address(), symbol.address() + symbol.size().max(1), place))
             .collect();
         symbols.sort_unstable_by_key(|(start, ..)| *start);
         Self(symbols)
     }
 
-    fn name(&self, address: u64) -> Option<String> {
+    fn name(&self, image: &Image, address: u64) -> Option<String> {
         let after = self.0.partition_point(|(start, ..)| *start <= address);
-        let (_, end, name) = self.0.get(after.checked_sub(1)?)?;
-        (address < *end).then(|| function(name))
+        let (_, end, place) = self.0.get(after.checked_sub(1)?)?;
+        if address >= *end {
+            return None;
+        }
+        let object = image.object()?;
+        let symbol = match place {
+            Place::Static(index) => object.symbol_by_index(*index),
+            Place::Dynamic(index) => object.dynamic_symbol_table()?.symbol_by_index(*index),
+        };
+        symbol.ok()?.name().ok().map(function)
     }
 }
 
@@ -84,7 +99,7 @@ impl Names {
 
     fn symbol(&mut self, image: &Image, inside: u64) -> String {
         let symbols = self.symbols.entry(image.path.clone()).or_insert_with(|| Symbols::of(image));
-        symbols.name(inside).unwrap_or_else(|| format!("{}+{inside:#x}", short(&image.path)))
+        symbols.name(image, inside).unwrap_or_else(|| format!("{}+{inside:#x}", short(&image.path)))
     }
 
     fn frames(&mut self, image: &'static Image, inside: u64) -> Vec<Frame> {

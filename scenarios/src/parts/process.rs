@@ -92,7 +92,10 @@ impl Launch for Processes {
         if part.verdict != Verdict::Pass
             && let Some(dir) = &order.report
         {
-            let said: String = said.iter().map(|record| format!("{record}\n")).collect();
+            let mut said: Vec<_> = said.iter().map(ToString::to_string).collect();
+            // The last line ends too.
+            said.push(String::new());
+            let said = said.join("\n");
             keep_failure(dir, &part, &end, &late, &said)?;
         }
         if end.stuck.is_empty() {

@@ -43,13 +43,15 @@ enum Told {
 }
 
 /// The helper, killed when it is dropped: the threads go on then, wherever it was.
-struct Helper(Child);
+struct Helper(Option<Child>);
 
 impl Drop for Helper {
     fn drop(&mut self) {
+        let Some(mut child) = self.0.take() else { return };
         // Gone already where all went well.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        let _ = child.kill();
+        // On a busy machine its end takes longer than there is time for what it has told.
+        let _ = thread::Builder::new().name("backtraces".to_owned()).spawn(move || child.wait());
     }
 }
 
@@ -94,7 +96,7 @@ fn start(pids: &[u32], sender: mpsc::Sender<Told>) -> std::io::Result<Helper> {
         .stderr(Stdio::null())
         .spawn()?;
     let out = child.stdout.take();
-    let helper = Helper(child);
+    let helper = Helper(Some(child));
     thread::Builder::new().name("backtraces".to_owned()).spawn(move || {
         for line in out.into_iter().flat_map(|out| BufReader::new(out).lines()) {
             let told = line.ok().and_then(|line| serde_json::from_str(&line).ok());

@@ -18,7 +18,7 @@ cases!("hangs":
     a_stop_behind_a_held_request in 60 s,
     a_worker_that_never_comes_back in 60 s,
     a_server_that_was_stopped in 60 s,
-    every_thread_is_named in 60 s,
+    every_thread_is_named in 150 s,
 );
 
 /// What a hang may outlive its deadline by.
@@ -119,7 +119,8 @@ impl Ended {
         let found = threads.iter().any(|one| {
             one["comm"].as_str().is_some_and(|comm| comm.starts_with(thread)) && frames(one).contains(function)
         });
-        if !found && self.text.contains("backtraces: incomplete") {
+        let late = ["backtraces: incomplete", "backtraces: no answer within"];
+        if !found && late.iter().any(|late| self.text.contains(late)) {
             // What a report may take is bounded, and this machine is too busy. `every_thread_is_named` has no such bound.
             eprintln!("no backtrace of {thread} in time: this machine is busy");
             return;
@@ -146,6 +147,7 @@ impl Ended {
 
 const SECONDS_3: Duration = Duration::from_secs(3);
 const SECONDS_6: Duration = Duration::from_secs(6);
+const SECONDS_9: Duration = Duration::from_secs(9);
 
 fn a_backend_that_never_returns() {
     let ended = Run::start("--hang backend --stall 3s --duration 20s --workers-backend 2").hangs(SECONDS_3);
@@ -175,17 +177,17 @@ fn a_queue_that_never_fetches() {
 
 /// The reader sleeps uninterruptibly and cannot be stopped: where it came from is told all the same.
 fn a_read_that_is_never_answered() {
-    let ended = Run::start("--hang read --ops 100 --deadline 6s").hangs(SECONDS_6);
+    let ended = Run::start("--hang read --ops 20 --deadline 9s").hangs(SECONDS_9);
     ended.stands_in("ublk", "never_returns");
     ended.stands_in("ublk-torture", "verify");
-    ended.waits("in flight: server", 5.0);
+    ended.waits("in flight: server", 1.0);
     ended.says("uninterruptible: ", "ublk-torture D");
 }
 
 fn a_stop_behind_a_held_request() {
-    let ended = Run::start("--hang stop --ops 100 --deadline 6s --workers-backend 2").hangs(SECONDS_6);
+    let ended = Run::start("--hang stop --ops 20 --deadline 9s --workers-backend 2").hangs(SECONDS_9);
     ended.stands_in("ublk", "never_returns");
-    ended.waits("in flight: server", 3.0);
+    ended.waits("in flight: server", 1.0);
     let events = std::fs::read_to_string(ended.report.path().join("events.jsonl")).expect("events");
     assert!(events.contains(r#""what":"close"#), "it hangs while it is closed:\n{}", ended.text);
 }
@@ -209,7 +211,8 @@ fn a_server_that_was_stopped() {
         kill(Pid::from_raw(server), Signal::SIGSTOP).expect("stop");
     }
     let ended = run.hangs(SECONDS_3);
-    ended.says("in flight: server", "no answer");
+    // By whoever gives up first.
+    ended.says("in flight: ", "no answer");
     ended.waits("the workers wait for: ", 2.0);
     ended.stands_in("torture-", "operations");
     ended.says("block layer: ", "in flight");

@@ -23,6 +23,7 @@ use super::timeline::Death;
 use super::{Plant, Shape};
 use crate::clock::nanoseconds;
 use crate::context::Context;
+use crate::gates;
 use crate::scenario::Failure;
 
 /// How long the driver may take to bring a device into the state that a death leads to.
@@ -278,8 +279,15 @@ impl<'a> Cell<'a> {
     /// Begins the load on a device that is served, and lets it get under way.
     pub(super) fn load(&mut self) -> Result<Load, Failure> {
         let (path, cpus) = (block_path(self.id), self.cpus()?);
-        // More than a queue has tags, so that all of them are taken.
-        let io_depth = self.granted.map_or(1, |(_, depth)| depth) + 4;
+        let (queues, depth) = self.granted.unwrap_or((1, 1));
+        let name = format!("{} × {}: more requests than a queue has tags", self.point.name(), self.mode.name());
+        let io_depth = if self.context.gated(&gates::FULL_QUEUE, &name) {
+            // All workers together leave a tag free, wherever their requests are issued.
+            (depth.saturating_sub(1) / queues).max(1)
+        } else {
+            // More than a queue has tags, so that all of them are taken.
+            depth + 4
+        };
         let seed = self.seed.derive("load", u64::from(self.lives));
         let load = Load::start(&path, &self.book, &cpus, io_depth, seed)?;
         load.warm_up(WARM_UP)?;

@@ -212,7 +212,7 @@ mod tests {
         let kernel: Vec<u64> = (0..4).map(|part| 15_000_000 + part * (2 << 20)).collect();
         assert_eq!(leaks(&series(Measure::KernelBytes, &kernel)).len(), 1, "20 KiB a cycle, for 300 cycles");
         let mut short = series(Measure::KernelBytes, &kernel);
-        for sample in short.iter_mut() {
+        for sample in &mut short {
             sample.cycles /= 10;
         }
         assert!(leaks(&short).is_empty(), "as much in 30 cycles is what anybody may do");

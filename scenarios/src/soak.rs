@@ -33,7 +33,7 @@ pub struct Args {
     pick: Pick,
     /// How long a run may take, beside its own duration, before it is ended, and a hang
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration, help_heading = "Scenarios")]
-    deadline: Duration,
+    part_deadline: Duration,
     /// Run so many times longer than shortly; by default such that the time is enough for some eight rounds
     #[arg(
         long,
@@ -54,7 +54,7 @@ impl Scenario for Args {
 
     fn options(&self) -> BTreeMap<String, Value> {
         let own = [
-            ("deadline_ms", json!(self.deadline.as_millis() as u64)),
+            ("part_deadline_ms", json!(self.part_deadline.as_millis() as u64)),
             ("stretch", json!(self.stretch)),
             ("keep_going", json!(self.keep_going)),
         ];
@@ -83,7 +83,7 @@ impl Scenario for Args {
             context.note(format!("left out by request: {}", left_out.join(", ")));
         }
         let stretch = self.stretch.unwrap_or_else(|| stretch(context.duration(), &entries));
-        let soak = Soak { entries, stretch, deadline: self.deadline, keep_going: self.keep_going };
+        let soak = Soak { entries, stretch, deadline: self.part_deadline, keep_going: self.keep_going };
         soak.run(&mut Processes, context)
     }
 }

@@ -36,7 +36,7 @@ pub struct Args {
     pick: Pick,
     /// How long a run may take before it is ended, and a hang
     #[arg(long, value_name = "TIME", default_value = "5m", value_parser = parse_duration, help_heading = "Scenarios")]
-    deadline: Duration,
+    part_deadline: Duration,
 }
 
 impl Scenario for Args {
@@ -45,7 +45,7 @@ impl Scenario for Args {
     }
 
     fn options(&self) -> BTreeMap<String, Value> {
-        let deadline = ("deadline_ms".to_owned(), json!(self.deadline.as_millis() as u64));
+        let deadline = ("part_deadline_ms".to_owned(), json!(self.part_deadline.as_millis() as u64));
         self.pick.options().chain([deadline]).collect()
     }
 
@@ -68,7 +68,7 @@ impl Scenario for Args {
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
         let (entries, left_out) = self.pick.from(SCENARIOS);
-        let orders = orders(&entries, context.seed(), context.report_dir(), self.deadline);
+        let orders = orders(&entries, context.seed(), context.report_dir(), self.part_deadline);
         let mut report = Report::new(context, orders.len(), &left_out);
         let result = run_all(&orders, &mut Processes, &mut report, context);
         context.note(report.table());
@@ -135,7 +135,8 @@ pub(crate) fn run_one(order: &Order, launch: &mut dyn Launch, context: &mut Cont
             context.detail(what);
             return Ok(());
         }
-        Err(failure(verdict, format!("{what}; to see it again: {repro}")))
+        // A part that hung was dealt with by itself; it is not this run that hangs.
+        Err(Failure::broke("suite", format!("{what}; to see it again: {repro}")))
     });
     match (ended, step) {
         (Some(part), _) => Ok(part),

@@ -158,14 +158,14 @@ fn shuffle<T>(items: &mut [T], rng: &mut SeededRng) {
 
 impl Cell {
     /// Whether there is such a fault. A flush has no place, and is done or not; what is submitted again until it does not fail
-    /// may not fail always; and a discard that the device cannot do has succeeded to the application, though it has
-    /// not discarded, so that it says nothing of what is there.
+    /// may not fail always; and a discard or flush that the device cannot do has succeeded to the application, though
+    /// nothing was discarded or flushed.
     pub(super) fn can_be(&self) -> bool {
         let flush = self.op == OpKind::Flush;
         let partway = matches!(self.what, What::Error(_, Stage::Partway));
         let for_ever = self.is_submitted_again() && self.often == Often::Always;
         let unsupported = matches!(self.what, What::Error(Errno::EOPNOTSUPP, stage) if stage != Stage::After);
-        let untold = unsupported && self.op == OpKind::Discard;
+        let untold = unsupported && matches!(self.op, OpKind::Discard | OpKind::Flush);
         !(flush && (partway || self.often == Often::Place) || for_ever || untold)
     }
 

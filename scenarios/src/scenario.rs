@@ -128,6 +128,7 @@ pub const SCENARIOS: &[Entry] = &[
     .plants(crate::flush_trace::PLANTS),
     crate::sigkill::ENTRY,
     crate::control::ENTRY,
+    crate::chain::ENTRY,
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::suite::Args>(
         "suite",

@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external sigkill control release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external sigkill control chain release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -43,6 +43,9 @@ sigkill: release ## Kill a server at each point of its life, in each recovery mo
 
 control: release ## Every control and I/O command in every state of a device, then a seeded walk through the states
 	$(RUN) -- $(TORTURE) control --report $(REPORTS)/control $(ARGS)
+
+chain: release ## Devices stacked on devices, in one server process: ARGS='--processes --links 4' for one each
+	$(RUN) -- $(TORTURE) chain --report $(REPORTS)/chain $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)

@@ -76,7 +76,7 @@ const DEPTH: u32 = 8;
 /// How long an operation may take before that is a hang.
 const STALL: Duration = Duration::from_secs(60);
 /// How many operations each worker does, and for how long the power is cut now and then.
-const OPS: u64 = 150;
+const OPS: u64 = 80;
 const CUTS_FOR: Duration = Duration::from_secs(2);
 
 /// A part of the scenario.
@@ -213,7 +213,7 @@ impl Args {
             (
                 Part::Load,
                 &[
-                    ("ops", 200),
+                    ("ops", 100),
                     ("verified_bytes", 64 << 10),
                     ("final_verified_bytes", 64 << 10),
                     ("storage_verified_bytes", 64 << 10),

@@ -13,7 +13,7 @@
 
 pub mod aligned;
 mod backtrace;
-pub(crate) mod chain;
+pub mod chain;
 pub mod cli;
 mod clock;
 pub mod context;

@@ -82,9 +82,9 @@ impl Drop for Root {
 
 impl Group {
     /// A group of at most `bytes`.
-    pub(super) fn new(bytes: u64) -> Result<Self, Failure> {
+    pub(super) fn new(name: &str, bytes: u64) -> Result<Self, Failure> {
         let root = Root::find()?;
-        let path = root.path.join(format!("ublk-torture-{}", std::process::id()));
+        let path = root.path.join(format!("ublk-torture-{}-{name}", std::process::id()));
         fs::create_dir(&path).map_err(|error| cannot("make a control group", &error))?;
         let group = Self { root, path, moved: Vec::new() };
         fs::write(group.path.join("memory.max"), bytes.to_string())

@@ -1,8 +1,9 @@
-//! Buffered writes far beyond the memory there is: for those who write and for those who serve, together.
+//! Buffered writes far beyond the memory that those who write may have, while the servers have a limit of their own.
 //!
-//! The pages that have to be written before any become free are those of the very devices that are served. Whoever serves
-//! and waits for memory then waits for himself, unless his threads are marked (`PR_SET_IO_FLUSHER`). A part of
-//! the storage has no memory yet, so that the servers do have to ask for some.
+//! The pages that have to be written before any become free are those of the very devices that are served. A part of
+//! the storage has no memory yet, so that the servers do have to ask for some. The two limits are apart: a server that is
+//! marked as part of the I/O path cannot wait for dirty pages, and where its limit is full of those of its own devices, the
+//! kernel kills it for want of memory.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
@@ -24,12 +25,14 @@ use crate::server;
 /// The argument with which this program becomes the load.
 pub(crate) const ARGUMENT: &str = "load-under-pressure";
 /// How much is written, in bytes, and how often it is written over.
-pub(super) const BYTES: u64 = 32 << 20;
-const ROUNDS: u64 = 3;
+pub(super) const BYTES: u64 = 16 << 20;
+const ROUNDS: u64 = 2;
 /// The first of it are new to the storage.
-const FRESH: u64 = 4 << 20;
-/// What the processes may have, together and beside what they had before.
-const LIMIT: u64 = FRESH + (10 << 20);
+const FRESH: u64 = 2 << 20;
+/// What the process that writes may have.
+const LIMIT: u64 = 6 << 20;
+/// What the servers may have, together and beside what they had before.
+const SERVERS_LIMIT: u64 = FRESH + (14 << 20);
 const CHUNK: usize = 1 << 20;
 /// How long the writes may take, on a slow machine.
 const DEADLINE: Duration = Duration::from_secs(150);
@@ -48,17 +51,21 @@ fn press(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
     for at in (FRESH..BYTES).step_by(CHUNK) {
         direct.write_all_at(&zeroes, at).map_err(|error| Failure::io("write at the top", &error))?;
     }
-    let mut group = Group::new(LIMIT)?;
+    // The one that was made first is the last to go: it puts back what was changed of the hierarchy.
+    let mut servers = Group::new("servers", SERVERS_LIMIT)?;
     for pid in chain.servers()? {
-        group.enter(pid)?;
+        servers.enter(pid)?;
     }
+    let group = Group::new("load", LIMIT)?;
     let seed = context.seed().derive("pressure", 0);
     let began = Instant::now();
     let mut load = Load::start(context, &top.path(), &group.procs(), seed)?;
     load.wait(context)?;
     let (hits, killed) = group.hits()?;
+    let killed = killed + servers.hits()?.1;
     let took = began.elapsed();
     drop(group);
+    drop(servers);
     if killed > 0 {
         return Err(Failure::broke("memory", format!("{killed} processes were killed for want of memory")));
     }

@@ -54,11 +54,6 @@ pub(crate) const ENTRY: Entry = Entry::new::<Args>(
         arguments: &["--only", "load", "--plant", "dropped-fua"],
     },
     Plant {
-        name: "unkept-flush",
-        about: "as swallowed-flush, found by what a power cut leaves alone",
-        arguments: &["--only", "power", "--plant", "swallowed-flush"],
-    },
-    Plant {
         name: "flat-errno",
         about: "a proxy tells EIO, whatever it was told",
         arguments: &["--only", "errors", "--plant", "flat-errno"],
@@ -77,7 +72,7 @@ const DEPTH: u32 = 8;
 const STALL: Duration = Duration::from_secs(60);
 /// How many operations each worker does, and for how long the power is cut now and then.
 const OPS: u64 = 80;
-const CUTS_FOR: Duration = Duration::from_secs(2);
+const CUTS_FOR: Duration = Duration::from_secs(5);
 
 /// A part of the scenario.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -225,7 +220,7 @@ impl Args {
                 ],
             ),
             (Part::Errors, &[("errnos", 50), ("flushes_at_the_bottom", 8), ("fua_writes_at_the_bottom", 8)]),
-            (Part::Power, &[("power_cuts", 1), ("flushes", 1), ("ops", 100)]),
+            (Part::Power, &[("power_cuts", 1), ("flushes", 1), ("ops", 20)]),
             (Part::Files, &[("files_verified_after_remount", files::FILES as u64), ("fsyncs_at_the_bottom", 1)]),
             (Part::Pressure, &[("pressure_bytes_verified", pressure::BYTES), ("memory_limit_hits", 1)]),
             (Part::Closing, &[("holders_named", 1), ("ids_free_after_letting_go", 1)]),
@@ -291,7 +286,7 @@ impl Args {
         let books = layout.books(&opened, context.seed(), true);
         let bench = Bench { subject, opened, layout, books };
         context.step("power cuts", Duration::from_secs(180), |context| {
-            let every = Duration::from_millis(300);
+            let every = Duration::from_millis(1500);
             self.draw(context, &bench, None, vec![(Outage::PowerCut, every)])
         })?;
         context.step("verify what survived", Duration::from_secs(180), |context| second_opening(context, &bench))
@@ -309,7 +304,12 @@ impl Args {
         let mut options = PlanOptions::new(opened.bytes, opened.logical_block, opened.max_io_bytes, WORKERS);
         bench.layout.apply(&mut options);
         options.depth = DEPTH;
-        options.mix = Mix::default();
+        // Where the power is cut, much is to be durable.
+        options.mix = if outages.is_empty() {
+            Mix::default()
+        } else {
+            Mix { read: 20, write: 40, fua: 10, flush: 20, ..Mix::NOTHING }
+        };
         options.size = IoSize::Any;
         options.capabilities = opened.capabilities;
         let seed = context.seed().derive("chain", u64::from(ops.is_none()));

@@ -85,7 +85,7 @@ enum Part {
     Power,
     /// A file system
     Files,
-    /// Buffered writes far beyond the memory there is
+    /// Buffered writes far beyond the memory there is; not done unless named
     Pressure,
     /// Closing the bottom while the top is there
     Closing,
@@ -198,7 +198,8 @@ impl Scenario for Args {
 
 impl Args {
     fn does(&self, part: Part) -> bool {
-        self.only.is_empty() || self.only.contains(&part)
+        // Memory pressure is asked for by name: what a limit does to those who write depends on the machine's speed.
+        (self.only.is_empty() && part != Part::Pressure) || self.only.contains(&part)
     }
 
     /// What a run must have done to be one.

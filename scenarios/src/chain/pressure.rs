@@ -25,12 +25,12 @@ use crate::server;
 /// The argument with which this program becomes the load.
 pub(crate) const ARGUMENT: &str = "load-under-pressure";
 /// How much is written, in bytes, and how often it is written over.
-pub(super) const BYTES: u64 = 16 << 20;
-const ROUNDS: u64 = 2;
+pub(super) const BYTES: u64 = 24 << 20;
+const ROUNDS: u64 = 4;
 /// The first of it are new to the storage.
 const FRESH: u64 = 2 << 20;
 /// What the process that writes may have.
-const LIMIT: u64 = 6 << 20;
+const LIMIT: u64 = 20 << 20;
 /// What the servers may have, together and beside what they had before.
 const SERVERS_LIMIT: u64 = FRESH + (14 << 20);
 const CHUNK: usize = 1 << 20;

@@ -15,7 +15,7 @@ cases!("chain":
 fn two_links_in_one_process_pass() {
     let verdict = verdict("chain --seed 1 --links 2 --size 64M", 0);
     let count = |name: &str| verdict["evidence"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {verdict}"));
-    assert!(count("flushes_at_the_bottom") >= 8 && count("memory_limit_hits") > 0, "{verdict}");
+    assert!(count("flushes_at_the_bottom") >= 8 && count("errnos") > 50, "{verdict}");
     assert!(count("holders_named") == 1 && count("power_cuts") > 0, "{verdict}");
 }
 

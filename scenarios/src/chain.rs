@@ -168,7 +168,7 @@ impl Scenario for Args {
         if parts.into_iter().any(|part| self.does(part)) {
             self.on_a_chain(context, &self.target, |context, chain| {
                 if self.does(Part::Load) {
-                    self.load(context, chain)?;
+                    Self::load(context, chain)?;
                 }
                 if self.does(Part::Errors) {
                     orders::check(context, chain)?;
@@ -187,7 +187,7 @@ impl Scenario for Args {
         }
         if self.does(Part::Power) {
             let target = TargetArgs { backend: BackendKind::Medium, ..self.target.clone() };
-            self.on_a_chain(context, &target, |context, chain| self.power(context, chain))?;
+            self.on_a_chain(context, &target, Self::power)?;
         }
         if self.does(Part::Closing) {
             closing::check(self, context)?;
@@ -258,7 +258,7 @@ impl Args {
     }
 
     /// Random I/O at the top, judged by what happens at the bottom.
-    fn load(&self, context: &mut Context, chain: &Chain) -> Result<(), Failure> {
+    fn load(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
         context.step("threads are marked", Duration::from_secs(30), |context| {
             let threads = chain.check_reclaim()?;
             context.evidence().add("marked_threads", threads as u64);
@@ -266,8 +266,9 @@ impl Args {
             Ok(())
         })?;
         on_subject(context, chain.subject(), |context, bench| {
-            context
-                .step("load", Duration::from_secs(180), |context| self.draw(context, bench, Some(OPS), Vec::new()))?;
+            context.step("load", Duration::from_secs(180), |context| {
+                Self::draw(context, bench, Some(OPS), Vec::new())
+            })?;
             for (number, cell) in cells().into_iter().enumerate() {
                 try_cell(context, bench, cell, number as u64)?;
             }
@@ -278,7 +279,7 @@ impl Args {
     }
 
     /// The power is cut at the bottom; what was flushed at the top is there.
-    fn power(&self, context: &mut Context, chain: &Chain) -> Result<(), Failure> {
+    fn power(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
         let subject = chain.subject();
         let _ours_alone = subject.keep_to_ourselves()?;
         let opened = subject.open()?;
@@ -288,14 +289,13 @@ impl Args {
         let bench = Bench { subject, opened, layout, books };
         context.step("power cuts", Duration::from_secs(180), |context| {
             let every = Duration::from_millis(1500);
-            self.draw(context, &bench, None, vec![(Outage::PowerCut, every)])
+            Self::draw(context, &bench, None, vec![(Outage::PowerCut, every)])
         })?;
         context.step("verify what survived", Duration::from_secs(180), |context| second_opening(context, &bench))
     }
 
     /// Draws operations and does them.
     fn draw(
-        &self,
         context: &Context,
         bench: &Bench,
         ops: Option<u64>,

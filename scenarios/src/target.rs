@@ -460,38 +460,38 @@ impl Target {
     /// Cuts the power, or ends the server: from now on every request fails, and whatever was between kernel and storage is
     /// gone. Returns when nothing is under way any more.
     pub(crate) fn kill(&self, outage: Outage) -> Result<(), Failure> {
-        let (server, served) = self.behind();
-        server.kill(served, outage)
+        let (server, device) = self.behind();
+        server.kill(device, outage)
     }
 
     /// Requests are served again.
     pub(crate) fn revive(&self) -> Result<(), Failure> {
-        let (server, served) = self.behind();
-        server.revive(served)
+        let (server, device) = self.behind();
+        server.revive(device)
     }
 
     /// Switches the faults on or off.
     pub(crate) fn faults(&self, on: bool) -> Result<(), Failure> {
-        let (server, served) = self.behind();
-        server.faults(served, on)
+        let (server, device) = self.behind();
+        server.faults(device, on)
     }
 
     /// Gives the device other faults. They are off.
     pub(crate) fn replan(&self, plan: &FaultPlan, seed: ublkit_harness::Seed) -> Result<(), Failure> {
-        let (server, served) = self.behind();
-        server.replan(served, plan, seed)
+        let (server, device) = self.behind();
+        server.replan(device, plan, seed)
     }
 
     /// How many requests are held.
     pub(crate) fn held(&self) -> Result<u64, Failure> {
-        let (server, served) = self.behind();
-        server.held(served)
+        let (server, device) = self.behind();
+        server.held(device)
     }
 
     /// What happened at the storage since this was last asked.
     pub(crate) fn testimony(&self) -> Result<Testimony, Failure> {
-        let (server, served) = self.behind();
-        server.testimony(served)
+        let (server, device) = self.behind();
+        server.testimony(device)
     }
 
     /// The calls of the storage that were recorded until now.

@@ -46,18 +46,17 @@ impl Root {
     fn find() -> Result<Self, Failure> {
         let mountinfo =
             fs::read_to_string("/proc/self/mountinfo").map_err(|error| cannot("read what is mounted", &error))?;
-        let mut root = match mounted(&mountinfo) {
-            Some(path) => Self { path, mounted: false, enabled: false },
-            None => {
-                let dir = tempfile::Builder::new()
-                    .prefix("ublk-torture-cgroup-")
-                    .tempdir()
-                    .map_err(|error| cannot("make a directory", &error))?;
-                let none: Option<&str> = None;
-                mount(Some("none"), dir.path(), Some("cgroup2"), MsFlags::empty(), none)
-                    .map_err(|errno| cannot("mount cgroup2", &errno.into()))?;
-                Self { path: dir.keep(), mounted: true, enabled: false }
-            }
+        let mut root = if let Some(path) = mounted(&mountinfo) {
+            Self { path, mounted: false, enabled: false }
+        } else {
+            let dir = tempfile::Builder::new()
+                .prefix("ublk-torture-cgroup-")
+                .tempdir()
+                .map_err(|error| cannot("make a directory", &error))?;
+            let none: Option<&str> = None;
+            mount(Some("none"), dir.path(), Some("cgroup2"), MsFlags::empty(), none)
+                .map_err(|errno| cannot("mount cgroup2", &errno.into()))?;
+            Self { path: dir.keep(), mounted: true, enabled: false }
         };
         let control = root.path.join("cgroup.subtree_control");
         let has = |text: String| text.split_whitespace().any(|word| word == "memory");

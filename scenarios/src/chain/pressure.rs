@@ -1,9 +1,8 @@
 //! Buffered writes far beyond the memory that those who write may have, while the servers have a limit of their own.
 //!
 //! The pages that have to be written before any become free are those of the very devices that are served. A part of
-//! the storage has no memory yet, so that the servers do have to ask for some. The two limits are apart: a server that is
-//! marked as part of the I/O path cannot wait for dirty pages, and where its limit is full of those of its own devices, the
-//! kernel kills it for want of memory.
+//! the storage has no memory yet, so that the servers do have to ask for some. The two limits are apart: where one
+//! was shared, and full of dirty pages of the server's own device, the kernel killed the server for want of memory.
 
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions};

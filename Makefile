@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external sigkill control crash release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external sigkill control crash chain release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ control: release ## Every control and I/O command in every state of a device, th
 
 crash: release ## Power cuts: what was flushed and fsynced is there, on the raw device, on ext4 and on XFS
 	$(RUN) -- $(TORTURE) crash --report $(REPORTS)/crash $(ARGS)
+
+chain: release ## Devices stacked on devices, in one server process: ARGS='--processes --links 4' for one each
+	$(RUN) -- $(TORTURE) chain --report $(REPORTS)/chain $(ARGS)
 
 sim: release ## Torture the simulated device: seconds, no root, no VM
 	$(TORTURE) torture --sim --report $(REPORTS)/sim $(ARGS)

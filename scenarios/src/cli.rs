@@ -98,6 +98,9 @@ fn dispatch(args: &[OsString]) -> u8 {
     if args.get(1).is_some_and(|arg| arg == crate::control::ARGUMENT) {
         return crate::control::role();
     }
+    if args.get(1).is_some_and(|arg| arg == crate::chain::ARGUMENT) {
+        return crate::chain::load(&args[2..]);
+    }
     let matches = match command().try_get_matches_from(args) {
         Ok(matches) => matches,
         Err(error) => return explain(&error),

@@ -7,8 +7,8 @@
 //! pieces; and the device is closed while errors are pending, and while requests are held.
 
 mod closing;
-mod grid;
-mod plain;
+pub(crate) mod grid;
+pub(crate) mod plain;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -167,11 +167,11 @@ impl Scenario for Args {
 }
 
 /// What cells are tried on.
-struct Bench<'a> {
-    subject: &'a Subject,
-    opened: Opened,
-    layout: Layout,
-    books: Books,
+pub(crate) struct Bench<'a> {
+    pub(crate) subject: &'a Subject,
+    pub(crate) opened: Opened,
+    pub(crate) layout: Layout,
+    pub(crate) books: Books,
 }
 
 impl Bench<'_> {
@@ -252,7 +252,7 @@ fn on_a_device(
 }
 
 /// Tries one fault: under load, until it has happened; and then without it.
-fn try_cell(context: &mut Context, bench: &Bench, cell: Cell, number: u64) -> Result<(), Failure> {
+pub(crate) fn try_cell(context: &mut Context, bench: &Bench, cell: Cell, number: u64) -> Result<(), Failure> {
     context.step(&cell.to_string(), CELL_DEADLINE, |context| {
         let (shared, own) = bench.layout.first_and_last();
         let (mut ops, mut times) = (cell.often.ops(), 0);
@@ -309,7 +309,7 @@ fn plan(bench: &Bench, mix: Mix, seed: Seed) -> Result<Plan, Failure> {
     Plan::new(options, seed).map_err(|error| Failure::Usage(error.to_string()))
 }
 
-fn on_subject(
+pub(crate) fn on_subject(
     context: &mut Context,
     subject: &Subject,
     work: impl FnOnce(&mut Context, &Bench) -> Result<(), Failure>,

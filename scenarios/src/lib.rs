@@ -13,6 +13,7 @@
 
 pub mod aligned;
 mod backtrace;
+pub mod chain;
 pub mod cli;
 mod clock;
 pub mod context;

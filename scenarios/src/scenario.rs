@@ -129,6 +129,7 @@ pub const SCENARIOS: &[Entry] = &[
     crate::sigkill::ENTRY,
     crate::control::ENTRY,
     crate::crash::CRASH,
+    crate::chain::ENTRY,
     Entry::new::<crate::mutants::Args>("mutants", "plant every known bug, and look whether it is found, and by whom"),
     Entry::new::<crate::suite::Args>(
         "suite",

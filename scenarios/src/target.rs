@@ -119,6 +119,10 @@ pub struct TargetArgs {
     /// How the calls of the storage are recorded, if they are
     #[arg(skip)]
     pub(crate) tracing: Option<Tracing>,
+    /// The block device that the bytes are kept on, instead of what [`backend`](Self::backend) says
+    #[arg(skip)]
+    #[serde(default)]
+    pub(crate) over: Option<PathBuf>,
 }
 
 /// How long a server waits for this and that.
@@ -128,12 +132,15 @@ pub struct Patience {
     pub held: Duration,
     /// How long closing may wait for requests that do not end.
     pub stop: Duration,
+    /// How long it may wait for whoever holds the device.
+    pub delete: Duration,
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        // As long as the library gives it.
-        Self { held: Duration::from_millis(500), stop: Duration::from_secs(30) }
+        // To stop, as long as the library gives it. To delete, longer: udev, which looks at a disk once more when somebody
+        // who could write has closed it, may take its time to let go.
+        Self { held: Duration::from_millis(500), stop: Duration::from_secs(30), delete: Duration::from_secs(20) }
     }
 }
 
@@ -246,12 +253,34 @@ impl TargetArgs {
             // The page cache copies without a lock.
             torn_by_races: self.backend == BackendKind::File,
             discard: if self.discard_promises_nothing { DiscardPromise::Nothing } else { DiscardPromise::Zeroes },
+            lowest: None,
         })
+    }
+
+    /// Serves a device whose bytes are kept on another one: by a server of its own, or by that of the device below.
+    /// What is behind it, to be looked at and to be broken, is what is behind the lowest of them.
+    ///
+    /// # Errors
+    /// As [`start`](Self::start).
+    pub(crate) fn start_over(&self, context: &Context, below: &Target, own_server: bool) -> Result<Target, Failure> {
+        let server = if own_server { Server::start(context)? } else { Arc::clone(&below.storage.server) };
+        let args = Self { over: Some(below.path()), ..self.clone() };
+        let target = args.serve_by(context, server, None)?;
+        Ok(Target { torn_by_races: below.torn_by_races, lowest: Some(below.lowest()), ..target })
     }
 
     /// Makes the storage, in this process.
     pub(crate) fn storage(&self) -> Result<Made, Failure> {
         let geometry = self.geometry();
+        if let Some(below) = &self.over {
+            let opened = backends::File::options().direct(true).logical_block(self.logical_block).open(below);
+            let opened = opened.map_err(|error| Failure::io(format_args!("open {}", below.display()), &error))?;
+            if !opened.is_direct() || opened.geometry().size != geometry.size {
+                let what = format!("{} cannot be read past the page cache, or has another size", below.display());
+                return Err(Failure::broke("geometry", what));
+            }
+            return Ok(Made::of(opened));
+        }
         Ok(match self.backend {
             BackendKind::Memory => Made::of(backends::Memory::with_geometry(geometry)),
             BackendKind::File => Made::of(temporary_file(&geometry)?),
@@ -363,9 +392,36 @@ pub struct Target {
     geometry: Geometry,
     torn_by_races: bool,
     discard: DiscardPromise,
+    /// Where this one is kept on other devices, the lowest of them: what is behind that is behind all.
+    lowest: Option<Lowest>,
+}
+
+/// The lowest of devices that are stacked on each other.
+#[derive(Clone, Debug)]
+struct Lowest {
+    served: Served,
+    storage: Storage,
 }
 
 impl Target {
+    fn lowest(&self) -> Lowest {
+        let own = || Lowest { served: self.served, storage: self.storage.clone() };
+        self.lowest.clone().unwrap_or_else(own)
+    }
+
+    /// The server and the device that are next to the storage.
+    fn behind(&self) -> (&Server, &Served) {
+        match &self.lowest {
+            Some(lowest) => (&lowest.storage.server, &lowest.served),
+            None => (&self.storage.server, &self.served),
+        }
+    }
+
+    /// Process id of its server.
+    pub(crate) fn server_pid(&self) -> u32 {
+        self.storage.server.pid()
+    }
+
     /// The device's id.
     #[must_use]
     pub fn id(&self) -> u32 {
@@ -399,7 +455,7 @@ impl Target {
     /// The bytes behind it.
     #[must_use]
     pub fn storage(&self) -> &Storage {
-        &self.storage
+        self.lowest.as_ref().map_or(&self.storage, |lowest| &lowest.storage)
     }
 
     /// Looks whether the threads that serve it are marked as part of the I/O path. Returns how many they are.
@@ -431,32 +487,38 @@ impl Target {
     /// Cuts the power, or ends the server: from now on every request fails, and whatever was between kernel and storage is
     /// gone. Returns when nothing is under way any more, and what a power cut took from a disk.
     pub(crate) fn kill(&self, outage: Outage) -> Result<Option<CutReport>, Failure> {
-        self.storage.server.kill(&self.served, outage)
+        let (server, device) = self.behind();
+        server.kill(device, outage)
     }
 
     /// Requests are served again.
     pub(crate) fn revive(&self) -> Result<(), Failure> {
-        self.storage.server.revive(&self.served)
+        let (server, device) = self.behind();
+        server.revive(device)
     }
 
     /// Switches the faults on or off.
     pub(crate) fn faults(&self, on: bool) -> Result<(), Failure> {
-        self.storage.server.faults(&self.served, on)
+        let (server, device) = self.behind();
+        server.faults(device, on)
     }
 
     /// Gives the device other faults. They are off.
     pub(crate) fn replan(&self, plan: &FaultPlan, seed: ublkit_harness::Seed) -> Result<(), Failure> {
-        self.storage.server.replan(&self.served, plan, seed)
+        let (server, device) = self.behind();
+        server.replan(device, plan, seed)
     }
 
     /// How many requests are held.
     pub(crate) fn held(&self) -> Result<u64, Failure> {
-        self.storage.server.held(&self.served)
+        let (server, device) = self.behind();
+        server.held(device)
     }
 
     /// What happened at the storage since this was last asked.
     pub(crate) fn testimony(&self) -> Result<Testimony, Failure> {
-        self.storage.server.testimony(&self.served)
+        let (server, device) = self.behind();
+        server.testimony(device)
     }
 
     /// The calls of the storage that were recorded until now.
@@ -538,6 +600,12 @@ impl Target {
     /// is known.
     pub(crate) fn close_what_is_left(self, context: &Context) -> Result<(), Failure> {
         self.close_as(context, false, true)
+    }
+
+    /// Closes the device while somebody holds it. Returns what is said of who that is, if the deletion has to wait for
+    /// them; the id is still this run's then.
+    pub(crate) fn close_while_held(self) -> Result<Option<String>, Failure> {
+        Ok(self.storage.server.close(&self.served, false)?.deferred)
     }
 
     fn close_as(self, context: &Context, faults_stay: bool, error_is_known: bool) -> Result<(), Failure> {

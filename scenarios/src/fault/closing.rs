@@ -32,7 +32,7 @@ const LOOK: Duration = Duration::from_millis(200);
 
 /// Holds requests, releases them, and closes devices that have errors or held requests.
 pub(super) fn check(context: &mut Context, args: &TargetArgs) -> Result<(), Failure> {
-    let patience = Patience { held: FOR_EVER, stop: STOP };
+    let patience = Patience { held: FOR_EVER, stop: STOP, ..Patience::default() };
     // More threads than are held, so that the others have somebody to go to.
     let workers_backend = HELD as usize + 2;
     let args = TargetArgs { workers_backend, patience, ..args.clone() };

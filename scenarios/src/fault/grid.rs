@@ -15,7 +15,7 @@ const TURNED: [i32; 6] = [1, 4, 6, 30, 122, 104];
 
 /// How often a fault happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Often {
+pub(crate) enum Often {
     /// To one call in a thousand.
     Rarely,
     /// To one call in ten.
@@ -45,7 +45,7 @@ impl Often {
 
 /// What happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum What {
+pub(crate) enum What {
     /// The call fails.
     Error(Errno, Stage),
     /// The backend panics.
@@ -56,10 +56,10 @@ pub(super) enum What {
 
 /// One fault to try.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Cell {
-    pub(super) op: OpKind,
-    pub(super) what: What,
-    pub(super) often: Often,
+pub(crate) struct Cell {
+    pub(crate) op: OpKind,
+    pub(crate) what: What,
+    pub(crate) often: Often,
 }
 
 /// `write: ENOSPC after, tenth`.

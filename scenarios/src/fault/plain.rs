@@ -27,7 +27,8 @@ pub(super) fn check(context: &mut Context, args: &TargetArgs) -> Result<(), Fail
     checked.and(closed)
 }
 
-fn each(context: &mut Context, target: &Target) -> Result<(), Failure> {
+/// The same, on a device that is there.
+pub(crate) fn each(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let _ours_alone = crate::torture::device::locked(target)?;
     let file = target.open_direct()?;
     let geometry = target.geometry();

@@ -138,7 +138,7 @@ pub(crate) fn run(tool: &str, args: &[&str]) -> Result<(), Failure> {
 }
 
 /// Checks a file system that is not mounted, changing nothing.
-pub(super) fn fsck(device: &Path) -> Result<(), Failure> {
+pub(crate) fn fsck(device: &Path) -> Result<(), Failure> {
     run("e2fsck", &["-fn", &device.display().to_string()])
 }
 
@@ -163,7 +163,7 @@ fn write_and_syncfs(
 }
 
 /// What `sync -f` does: only this file system, since syncing all of them waits for the whole host.
-pub(super) fn sync(mounted: &Mounted) -> Result<(), Failure> {
+pub(crate) fn sync(mounted: &Mounted) -> Result<(), Failure> {
     let dir = File::open(mounted.path()).map_err(|error| Failure::io("open the mounted directory", &error))?;
     syncfs(&dir).map_err(|errno| Failure::io("sync the file system", &errno.into()))
 }
@@ -234,7 +234,7 @@ fn compare_cold(context: &Context, target: &Target, mounted: &Mounted, files: &[
 
 /// Has the kernel forget a file's pages. They must be clean: only the file's own are dropped, where
 /// `/proc/sys/vm/drop_caches` would take those of the whole host, and neither drops dirty ones.
-pub(super) fn drop_cached(path: &Path) -> Result<(), Failure> {
+pub(crate) fn drop_cached(path: &Path) -> Result<(), Failure> {
     let cannot =
         |error: std::io::Error| Failure::io(format_args!("drop {} from the page cache", path.display()), &error);
     let file = File::open(path).map_err(cannot)?;
@@ -348,13 +348,13 @@ fn create(dir: &Path, name: &str) -> Result<File, Failure> {
     File::create_new(dir.join(name)).map_err(|error| Failure::io(format_args!("create the file {name}"), &error))
 }
 
-pub(super) fn write(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
+pub(crate) fn write(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
     create(dir, name)?
         .write_all(&content(seed, name, len))
         .map_err(|error| Failure::io(format_args!("write the file {name}"), &error))
 }
 
-pub(super) fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
+pub(crate) fn compare(seed: Seed, dir: &Path, name: &str, len: usize) -> Result<(), Failure> {
     let mut found = Vec::new();
     File::open(dir.join(name))
         .and_then(|mut file| file.read_to_end(&mut found))

@@ -16,19 +16,18 @@ use crate::inventory::Inventory;
 use crate::scenario::Failure;
 use crate::target::{Made, Mode, TargetArgs};
 
-/// How long udev, which looks at a disk once more when somebody who could write has closed it, may take to let go.
-const DELETE: Duration = Duration::from_secs(20);
-
 /// A device that is served, and what is known of it.
 struct Serving {
     device: Device,
     stack: Stack,
+    /// Storage on another device: nobody is to hold that when this one is closed.
+    over: Option<usize>,
 }
 
 /// The server.
 #[derive(Default)]
 struct Server {
-    /// None for those that were to be forgotten.
+    /// None for those that were let go of, or were to be forgotten.
     storages: Vec<Option<Storage>>,
     devices: Vec<Option<Serving>>,
     in_flight: InFlight,
@@ -69,7 +68,7 @@ fn builder<S: Serve>(
         .geometry(geometry)
         .io_flusher(io_flusher)
         .stop_deadline(args.patience.stop)
-        .delete_deadline(DELETE)
+        .delete_deadline(args.patience.delete)
         .queues(args.queues)
         .depth(args.depth)
         .max_io_bytes(args.max_io)
@@ -194,6 +193,28 @@ impl Server {
             Some(storage) => storage,
             None => self.keep(args.storage()?),
         };
+        let over = args.over.is_some().then_some(storage);
+        let served = self.serve_storage(args, seed, storage, over);
+        if served.is_err() {
+            self.let_go(over);
+        }
+        served
+    }
+
+    /// Closes the device that a storage is on.
+    fn let_go(&mut self, over: Option<usize>) {
+        if let Some(storage) = over.and_then(|index| self.storages.get_mut(index)) {
+            *storage = None;
+        }
+    }
+
+    fn serve_storage(
+        &mut self,
+        args: &TargetArgs,
+        seed: Seed,
+        storage: usize,
+        over: Option<usize>,
+    ) -> Result<Served, Failure> {
         let below = self.kept(storage)?.clone();
         if self.devices.iter().all(Option::is_none) {
             self.before = Some(Inventory::take());
@@ -210,7 +231,7 @@ impl Server {
             }
         }?;
         let info = *device.info();
-        self.devices.push(Some(Serving { device, stack }));
+        self.devices.push(Some(Serving { device, stack, over }));
         Ok(Served {
             device: self.devices.len() - 1,
             storage,
@@ -227,7 +248,8 @@ impl Server {
         serving.stack.stopping(faults_stay);
         let closed = serving.device.close()?;
         let last = Status { error, ..serving.status() };
-        self.devices[index] = None;
+        let over = self.devices[index].take().and_then(|serving| serving.over);
+        self.let_go(over);
         let deferred = match &closed {
             Closed { deletion: Deletion::Complete, .. } => None,
             deferred => Some(deferred.to_string()),
@@ -241,16 +263,21 @@ impl Server {
     }
 
     /// Closes what is left, as nobody waits for it any more.
-    fn end(self) {
+    fn end(mut self) {
         for storage in self.storages.iter().flatten() {
             storage.freezer.thaw();
         }
-        for serving in self.devices.into_iter().flatten() {
+        // The last one first: it may be kept on one that was there before.
+        while let Some(serving) = self.devices.pop() {
+            let Some(serving) = serving else { continue };
             if let Err(error) = serving.device.close() {
                 // A backend that does not come back: the kernel takes the device from this process when it ends, and the next
                 // run deletes it.
                 eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.id());
             }
+            let over = serving.over;
+            drop(serving);
+            self.let_go(over);
         }
     }
 }

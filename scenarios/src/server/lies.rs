@@ -27,6 +27,15 @@ pub(crate) enum Lie {
     /// Every error is told as `EIO`.
     #[value(skip)]
     ErrnoLost,
+    /// A flush is acknowledged and not passed on.
+    #[value(skip)]
+    FlushSwallowed,
+    /// A write with FUA is passed on as one without.
+    #[value(skip)]
+    FuaDropped,
+    /// What touches the last block of the device lands one block before.
+    #[value(skip)]
+    OffByOne,
 }
 
 impl Lie {
@@ -35,7 +44,7 @@ impl Lie {
         match self {
             Self::Size => geometry.size -= u64::from(geometry.logical_block),
             Self::Block => geometry.physical_block *= 2,
-            Self::Offset31 | Self::ErrnoLost => {}
+            Self::Offset31 | Self::ErrnoLost | Self::FlushSwallowed | Self::FuaDropped | Self::OffByOne => {}
         }
         geometry
     }
@@ -45,6 +54,7 @@ impl Lie {
         match self {
             Self::Offset31 => Arc::new(Cut(inner)),
             Self::ErrnoLost => Arc::new(Flattened(inner)),
+            Self::FlushSwallowed | Self::FuaDropped | Self::OffByOne => Arc::new(Careless { lie: self, inner }),
             Self::Size | Self::Block => inner,
         }
     }
@@ -76,5 +86,46 @@ impl Backend for Cut {
 
     fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
         self.0.write_zeroes(offset & MASK, len, flags)
+    }
+}
+
+/// A backend that passes on what it is told, but for one thing.
+struct Careless {
+    lie: Lie,
+    inner: Arc<dyn Backend>,
+}
+
+impl Careless {
+    fn place(&self, offset: u64, len: u64) -> u64 {
+        let geometry = self.inner.geometry();
+        let touches_the_end = offset + len == geometry.size && offset > 0;
+        if self.lie == Lie::OffByOne && touches_the_end { offset - u64::from(geometry.logical_block) } else { offset }
+    }
+}
+
+impl Backend for Careless {
+    fn geometry(&self) -> Geometry {
+        self.inner.geometry()
+    }
+
+    fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.inner.read_at(buf, self.place(offset, buf.len() as u64))
+    }
+
+    fn write_at(&self, buf: &[u8], offset: u64, flags: WriteFlags) -> io::Result<()> {
+        let flags = if self.lie == Lie::FuaDropped { WriteFlags::NONE } else { flags };
+        self.inner.write_at(buf, self.place(offset, buf.len() as u64), flags)
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        if self.lie == Lie::FlushSwallowed { Ok(()) } else { self.inner.flush() }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.inner.discard(self.place(offset, len), len)
+    }
+
+    fn write_zeroes(&self, offset: u64, len: u64, flags: ZeroFlags) -> io::Result<()> {
+        self.inner.write_zeroes(self.place(offset, len), len, flags)
     }
 }

@@ -217,5 +217,3 @@ fn a_server_that_was_stopped() {
     ended.stands_in("torture-", "operations");
     ended.says("block layer: ", "in flight");
 }
-
-/// What looks at threads, without a limit: the functions of both processes, and again with files and lines.

@@ -1,6 +1,7 @@
 //! The trials, by what they are about.
 
 mod capabilities;
+mod chain;
 mod client;
 mod close;
 mod commands;
@@ -44,6 +45,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         close::cases(),
         start::cases(),
         control::cases(),
+        chain::cases(),
         commands::cases(),
         orphans::cases(),
         recovery::cases(),

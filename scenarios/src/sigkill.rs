@@ -1,12 +1,12 @@
 //! `sigkill`: a server that is killed at every point of its life, in every recovery mode.
 //!
 //! The server is a process of its own, and the load and all verification are in this one. Each cell of the grid brings a
-//! server to one [point](point::Point) of its life, kills it there, and looks:
+//! server to one point of its life, kills it there, and looks:
 //!
-//! - what became of every operation is what the [mode](mode::Mode) promises: [`timeline`];
+//! - what became of every operation is what the mode promises: `timeline`;
 //! - the device comes into the state that the mode promises, in bounded time;
 //! - another server takes it over, or a new device with the same id is served from the same storage;
-//! - every byte that was promised to last is there, read through the device and from its storage: [`book`];
+//! - every byte that was promised to last is there, read through the device and from its storage: `book`;
 //! - STOP and DEL work, nothing is left: no id, node, descriptor, thread, nor a process that cannot be killed.
 
 mod aftermath;

@@ -1,6 +1,6 @@
 //! `stress`: devices that come and go by the thousand, under load, from all sides at once; and nothing of them is left.
 //!
-//! Each [kind](Kind) of it runs a process whose devices are stressed ([`worker`]) beside this one, which looks on, loads the
+//! Each kind of it runs a process whose devices are stressed (`worker`) beside this one, which looks on, loads the
 //! devices where that is asked for, and judges. Every kind ends with an account of ids, descriptors,
 //! maps, threads and memory of that process, and of the kernel's memory.
 

@@ -69,7 +69,7 @@ test-integration: ## Tests on this machine's own kernel; needs root and ublk_drv
 
 test-vm: ## Tests on a real kernel in a VM: KERNEL=6.12, 6.18, 7.2 or 7.3-rc
 	ci/integration build
-	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) --rwdir $(REPORTS) -- ci/integration run
+	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) --rwdir $(REPORTS) -- ci/integration run $(ARGS)
 
 test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	$(CARGO) build --quiet -p ublkit --features cli

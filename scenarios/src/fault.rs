@@ -34,8 +34,10 @@ use crate::torture::sharing::{Books, Layout, Sharing};
 use crate::torture::verify;
 
 /// Runs that are short and say something: calls on the queue's thread, and on threads of their own.
-pub(crate) const SHORT: &[&[&str]] =
-    &[&["--size", "64M"], &["--size", "64M", "--queues", "2", "--workers-backend", "4"]];
+pub(crate) const SHORT: &[&[&str]] = &[
+    &["--size", "64M", "--cells", "30"],
+    &["--size", "64M", "--cells", "30", "--only", "grid", "--queues", "2", "--workers-backend", "4"],
+];
 
 /// What nobody else looks for: errors.
 pub(crate) const PLANTS: &[Plant] = &[
@@ -109,6 +111,9 @@ pub struct Args {
     /// How much of the grid is done
     #[arg(long, value_enum, default_value = "sample", help_heading = "Faults")]
     grid: Grid,
+    /// So many cells of the grid, drawn from the seed, and no more
+    #[arg(long, value_name = "N", help_heading = "Faults")]
+    cells: Option<usize>,
     /// These parts alone
     #[arg(long, value_enum, value_name = "PART,…", value_delimiter = ',', help_heading = "Faults")]
     only: Vec<Part>,
@@ -126,6 +131,7 @@ impl Scenario for Args {
         let mut options = self.target.options();
         let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());
         options.insert("grid".to_owned(), json!(name(self.grid.to_possible_value())));
+        options.insert("cells".to_owned(), json!(self.cells));
         options.insert("plant".to_owned(), json!(self.plant.and_then(|plant| name(plant.to_possible_value()))));
         options
     }
@@ -137,6 +143,9 @@ impl Scenario for Args {
     fn validate(&self) -> Result<(), Failure> {
         if self.target.read_only {
             return Err(Failure::Usage("--read-only: most faults are those of changes; leave it out".to_owned()));
+        }
+        if self.cells == Some(0) {
+            return Err(Failure::Usage("--cells: a grid of none tries nothing; choose 1 or more".to_owned()));
         }
         if self.target.size < 16 << 20 {
             return Err(Failure::Usage("--size: choose at least 16M, so that the regions have room".to_owned()));
@@ -194,6 +203,7 @@ impl Args {
             Grid::Sample => grid::sample(&mut rng),
             Grid::Whole => grid::whole(),
         };
+        cells.truncate(self.cells.unwrap_or(usize::MAX));
         context.evidence().require("cells", cells.len() as u64);
         let target = TargetArgs {
             lie: (self.plant == Some(Broken::ErrnoLost)).then_some(Lie::ErrnoLost),

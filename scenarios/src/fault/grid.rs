@@ -132,7 +132,11 @@ pub(super) fn sample(rng: &mut SeededRng) -> Vec<Cell> {
         let mut turns = order.into_iter().cycle();
         for errno in errnos() {
             // There are fewer pairs than errnos, so that each pair has its turn.
-            let cell = turns.by_ref().map(|(stage, often)| Cell { op, what: What::Error(errno, stage), often });
+            let cell = turns.by_ref().take(2 * pairs.len()).map(|(stage, often)| Cell {
+                op,
+                what: What::Error(errno, stage),
+                often,
+            });
             // What is rare takes long, and is the same for every errno.
             let mut rare = cells.iter().filter(|cell: &&Cell| cell.op == op && cell.often == Often::Rarely).count();
             let fits = cell.into_iter().find(|cell| {

@@ -101,9 +101,9 @@ fn too_little_work_in_a_part_is_too_little_of_the_whole() {
 #[test]
 fn what_ends_it_early_is_told_with_what_was_not_run() {
     let mut fake = Fake::new([Verdict::Pass]);
-    fake.0.push_back(Err(Failure::Hang("two: stuck in the kernel".to_owned())));
+    fake.0.push_back(Err(Failure::Environment("two: no room".to_owned())));
     let (result, report, _testing) = run_fake(fake);
-    assert_eq!(result.expect_err("a hang").verdict(), Some(Verdict::Hang));
+    assert_eq!(result.expect_err("an end").verdict(), Some(Verdict::Environment));
     assert!(!report.whole);
     assert!(report.table().contains("2 more: two: stuck in the kernel"), "{}", report.table());
 }

@@ -105,5 +105,5 @@ fn what_ends_it_early_is_told_with_what_was_not_run() {
     let (result, report, _testing) = run_fake(fake);
     assert_eq!(result.expect_err("an end").verdict(), Some(Verdict::Environment));
     assert!(!report.whole);
-    assert!(report.table().contains("2 more: two: stuck in the kernel"), "{}", report.table());
+    assert!(report.table().contains("2 more: two: no room"), "{}", report.table());
 }

@@ -30,6 +30,9 @@ const FOR_EVER: Duration = Duration::from_secs(3600);
 /// How long one wait for completions lasts.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// What fails under load. Not `ENOSPC`: a disk that is gone has no bytes, and a write to it lies behind its end.
+const PENDING: Errno = Errno::ENOLINK;
+
 /// Holds requests, releases them, and closes devices that have errors or held requests.
 pub(super) fn check(context: &mut Context, args: &TargetArgs) -> Result<(), Failure> {
     let patience = Patience { held: FOR_EVER, stop: STOP, ..Patience::default() };
@@ -190,7 +193,8 @@ fn close_with_held(context: &mut Context, args: &TargetArgs) -> Result<(), Failu
 fn close_with_errors(context: &mut Context, args: &TargetArgs) -> Result<(), Failure> {
     let target = started(context, args)?;
     let prepared = context.step("errors under load", SLACK, |context| {
-        target.replan(&plan("write: error ENOSPC after; any: delay 2")?, context.seed().derive("held", 2))?;
+        let plan = plan(&format!("write: error {PENDING:?} after; any: delay 2"))?;
+        target.replan(&plan, context.seed().derive("held", 2))?;
         target.faults(true)
     });
     if let Err(failure) = prepared {
@@ -213,8 +217,12 @@ fn close_with_errors(context: &mut Context, args: &TargetArgs) -> Result<(), Fai
             context.detail(format!("{pending} errors before"));
             Ok(())
         });
-        let load = load?.join().map_err(|_panic| Failure::Internal("the load panicked".to_owned()))?;
-        closed.and(load)
+        // Whatever became of it, nobody writes any more; and what is under way has to end.
+        gone.store(true, Ordering::Relaxed);
+        let ended = context.always("end of the load", SLACK, |_context| {
+            load?.join().map_err(|_panic| Failure::Internal("the load panicked".to_owned()))?
+        });
+        closed.and(ended)
     })
 }
 
@@ -225,7 +233,7 @@ fn until_it_is_gone(file: File, errors: &AtomicU64, gone: &AtomicBool) -> Result
         client.submit_and_wait(1, LOOK).map_err(|error| Failure::io("wait for completions", &error))?;
         while let Some((slot, result)) = client.next_completion() {
             match result.map_err(|error| error.raw_os_error().map(Errno::from_raw)) {
-                Err(Some(Errno::ENOSPC)) => drop(errors.fetch_add(1, Ordering::Relaxed)),
+                Err(Some(PENDING)) => drop(errors.fetch_add(1, Ordering::Relaxed)),
                 Err(_) => gone.store(true, Ordering::Relaxed),
                 Ok(_) => return Err(Failure::broke("errors", "a write succeeded while every write fails")),
             }

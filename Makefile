@@ -77,6 +77,7 @@ test-scripts: ## Tests of ci/vm itself, and of the program `ublkit` in a VM
 	ci/tests/vm $(KERNEL)
 
 test-external: ## ublk-torture on devices that it does not serve: nbdkit over NBD, sound and lossy; RUBLK=PROGRAM for rublk too
+	ci/setup external
 	$(CARGO) build --quiet -p ublk-torture
 	ci/vm --kernel $(KERNEL) --timeout $(TIMEOUT) -- ci/tests/external target/debug/ublk-torture $(RUBLK)
 
@@ -117,7 +118,7 @@ bench: ## What the data path and the verification cost, in counts and ratios
 	ci/bench
 
 bench-cycle: ## Where the time of a device's life goes, in a guest that counts instructions instead of time
-	ci/bench-cycle
+	ci/bench-cycle $(ARGS)
 
 release:
 	@mkdir -p $(REPORTS)

@@ -22,6 +22,16 @@ die() {
     exit "$status"
 }
 
+# seconds_of DURATION: of 90, 90s, 5m or 1h; fails for anything else, and for nothing at all.
+seconds_of() {
+    [[ $1 =~ ^([1-9][0-9]{0,6})([smh]?)$ ]] || return 1
+    case ${BASH_REMATCH[2]} in
+    h) echo $((BASH_REMATCH[1] * 3600)) ;;
+    m) echo $((BASH_REMATCH[1] * 60)) ;;
+    *) echo "${BASH_REMATCH[1]}" ;;
+    esac
+}
+
 cache_dir() { printf '%s\n' "${UBLKIT_CACHE:-${XDG_CACHE_HOME:-${HOME:-/root}/.cache}/ublkit}"; }
 
 # need_writable_dir DIR: makes DIR, or says why it cannot be used.

@@ -1,9 +1,10 @@
-//! What people type: mixes, seeds, mutants, oracles, sizes and durations.
+//! What people type: mixes, seeds, mutants, oracles, sizes and durations; and what the kernel logs.
 
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
 
 use ublk_torture::units::{format_bytes, parse_bytes, parse_bytes_u32, parse_duration};
+use ublkit_harness::kernel_log::{Alarm, Complaint, Record, complaints};
 use ublkit_harness::mismatch::SectorDump;
 use ublkit_harness::mutant::Planted;
 use ublkit_harness::{Mix, Mutant, Oracle, Seed};
@@ -20,6 +21,11 @@ pub(super) fn run(bytes: &[u8]) {
         assert_eq!(parse_bytes_u32(text).ok(), u32::try_from(bytes).ok());
     }
     let _duration = parse_duration(text);
+    let records: Vec<Record> = text.split('\0').filter_map(Record::parse).collect();
+    let (kernel, mut all) = (complaints(&records, false), complaints(&records, true));
+    all.retain(|one| one.alarm == Alarm::Kernel);
+    let what = |found: &[Complaint]| found.iter().map(|one| one.what.clone()).collect::<Vec<_>>();
+    assert_eq!(what(&kernel), what(&all), "what a device says hides nothing of the kernel's");
     if let Ok(dump) = SectorDump::try_from(text.to_owned()) {
         assert_eq!(String::from(dump), text.to_ascii_lowercase());
     }

@@ -1,6 +1,6 @@
 //! What the kernel complains of in its log while a run goes on.
 
-use ublkit_harness::kernel_log::Record;
+use ublkit_harness::kernel_log::{Alarm, Record};
 
 /// The kernel's log from a moment on.
 pub(super) struct KernelLog(Option<crate::kernel_log::KernelLog>);
@@ -14,7 +14,7 @@ impl KernelLog {
     /// The complaints since it was asked last. I/O that fails is none: servers are killed here.
     pub(super) fn complaints(&mut self) -> Vec<String> {
         let Some(log) = &mut self.0 else { return Vec::new() };
-        let complains = |record: &Record| record.alarm().is_some_and(|alarm| !alarm.is_of_io());
+        let complains = |record: &Record| record.alarm() == Some(Alarm::Kernel);
         log.read().into_iter().filter(complains).map(|record| record.text).collect()
     }
 }

@@ -15,7 +15,7 @@ use crate::holders::{self, Holder};
 use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
 use crate::queue::Handler;
-use crate::ring::tags;
+use crate::ring::tags::{self, Tags};
 use crate::signals::Signals;
 use crate::stats::{Event, Phase, QueueShared, QueueStats};
 use crate::workers::Workers;
@@ -31,7 +31,7 @@ const HEALTH_SLICE: Duration = Duration::from_millis(200);
 pub(crate) struct QueueHandle {
     pub(crate) shared: Arc<QueueShared>,
     pub(crate) tags: Arc<tags::Shared>,
-    pub(crate) thread: Option<JoinHandle<()>>,
+    pub(crate) thread: Option<JoinHandle<Option<Tags>>>,
 }
 
 /// What a device's threads share.
@@ -255,7 +255,8 @@ impl Serving {
                 std::thread::sleep(Duration::from_micros(50));
             }
             if thread.is_finished() {
-                let _ = thread.join();
+                // What it left is let go of here, behind its end: see `QueueSetup::serve`.
+                drop(thread.join());
             } else {
                 stuck.push(thread.thread().name().unwrap_or("unnamed").to_owned());
                 queue.thread = Some(thread);

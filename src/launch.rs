@@ -21,7 +21,7 @@ use crate::ring::tags::{self, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
 use crate::sys::map::{Map, page_size};
 use crate::sys::process::set_io_flusher;
-use crate::sys::ublk;
+use crate::sys::ublk::{self, Features};
 use crate::workers::{Pool, Workers};
 
 /// How long the device nodes may take to appear.
@@ -238,12 +238,13 @@ struct QueueSetup<S> {
 }
 
 impl<S: Serve> QueueSetup<S> {
-    /// The life of a queue's thread.
-    fn run(self, ready: &mpsc::Sender<Result<()>>) {
+    /// The life of a queue's thread. What it returns outlives it: see [`serve`](Self::serve).
+    fn run(self, ready: &mpsc::Sender<Result<()>>) -> Option<Tags> {
         let (health, shared, everyone) =
             (Arc::clone(&self.health), Arc::clone(&self.shared), Arc::clone(&self.everyone));
         let queue = self.info.queue;
-        let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(ready)));
+        let mut left = None;
+        let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(ready, &mut left)));
         let served = served.unwrap_or_else(|payload| {
             shared.panicked(&*payload);
             Err(Error::new(ErrorKind::Queue, format!("serve queue {queue}: its thread panicked")))
@@ -265,9 +266,18 @@ impl<S: Serve> QueueSetup<S> {
             let _ = ready.send(Err(error));
         }
         health.ended();
+        left
     }
 
-    fn serve(self, ready: &mpsc::Sender<Result<()>>) -> Result<()> {
+    /// Serves, and leaves in `left` what has to be let go of behind the thread's end.
+    ///
+    /// That is a ring with commands which the driver has not taken back, on kernels before 6.16 (those without QUIESCE). Where a
+    /// ring is closed, those end a command although the request that it brings is on its way, and lose the request: then
+    /// the device never comes to rest, and whoever asks after it waits for ever (docs/landmines.md). Where the thread that owns
+    /// the ring ends first, what is on its way arrives before commands are ended. Later kernels take the device back when the
+    /// character device is let go of, which should be soon.
+    fn serve(self, ready: &mpsc::Sender<Result<()>>, left: &mut Option<Tags>) -> Result<()> {
+        let keeps = !self.info.device.features().contains(Features::QUIESCE);
         let queue = self.info.queue;
         // Signals are for the program's own threads: here they would only interrupt the wait.
         let _ = pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&SigSet::all()), None);
@@ -299,10 +309,16 @@ impl<S: Serve> QueueSetup<S> {
         if !self.fetching.wait() {
             return Ok(());
         }
-        queue.fetch()?;
-        // Nobody listens only if the start has failed; then the queue is abandoned and ends by itself.
-        let _ = ready.send(Ok(()));
-        queue.serve()
+        let served = queue.fetch().and_then(|()| {
+            // Nobody listens only if the start has failed; then the queue is abandoned and ends by itself.
+            let _ = ready.send(Ok(()));
+            queue.serve()
+        });
+        let tags = queue.into_tags();
+        if keeps && !tags.all_aborted() {
+            *left = Some(tags);
+        }
+        served
     }
 
     /// Puts the thread where its I/O comes from, and tells the kernel what it is for. Neither is needed to work.

@@ -54,6 +54,11 @@ impl<H: Handler> Queue<H> {
         Self { tags, shared, handler }
     }
 
+    /// What is left of it when it has served.
+    pub(crate) fn into_tags(self) -> Tags {
+        self.tags
+    }
+
     /// Hands every tag to the driver. After this, START can succeed.
     pub(crate) fn fetch(&mut self) -> Result<(), Error> {
         self.tags.fetch_all();

@@ -8,16 +8,18 @@ use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Geometry};
 use crate::builder::DeviceBuilder;
-use crate::ctrl::{Controller, DeviceInfo};
+use crate::ctrl::{Controller, DeviceInfo, State};
 use crate::detach::DetachedDevice;
 use crate::error::{Error, ErrorKind, Result};
 use crate::holders::{self, Holder};
 use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
 use crate::queue::Handler;
+use crate::recovery::Recovery;
 use crate::ring::tags;
 use crate::signals::Signals;
 use crate::stats::{Event, Phase, QueueShared, QueueStats};
+use crate::turn::Turn;
 use crate::workers::Workers;
 use crate::writeback;
 
@@ -47,6 +49,9 @@ struct HealthState {
     serving: usize,
     /// This process is ending the device.
     closing: bool,
+    /// This process lets the device go for another server, or the driver has taken the tags back without having been asked
+    /// to by this process.
+    given_up: bool,
 }
 
 impl Health {
@@ -76,12 +81,29 @@ impl Health {
         self.lock().closing = true;
     }
 
+    /// As [`closing`](Self::closing), and the device is to be another server's. Returns whether that was so before.
+    pub(crate) fn give_up(&self) -> bool {
+        let mut state = self.lock();
+        state.closing = true;
+        std::mem::replace(&mut state.given_up, true)
+    }
+
+    fn has_given_up(&self) -> bool {
+        self.lock().given_up
+    }
+
+    /// Whether every queue's thread has ended, joined or not.
+    pub(crate) fn have_ended(&self) -> bool {
+        self.lock().serving == 0
+    }
+
     /// A queue has ended well. If nobody here wanted that, `error` is the device's first one; returns whether it is.
     pub(crate) fn ended_by_somebody_else(&self, error: &Error) -> bool {
         let mut state = self.lock();
         let unwanted = !state.closing && state.first_error.is_none();
         if unwanted {
             state.first_error = Some(error.clone());
+            state.given_up = true;
             self.changed.notify_all();
         }
         unwanted
@@ -173,7 +195,7 @@ pub(crate) enum Closure {
 /// A block device that this process serves.
 ///
 /// Dropping it closes it, as well as that can be done in bounded time; [`close`](Self::close) says how it went. That is so
-/// with [`Recovery`](crate::Recovery) too: what is to outlive its server is [detached](Self::detach).
+/// with [`Recovery`] too: what is to outlive its server is [detached](Self::detach).
 #[derive(Debug)]
 pub struct Device {
     pub(crate) controller: Arc<Controller>,
@@ -189,6 +211,8 @@ pub struct Device {
     pub(crate) identity: Option<Identity>,
     pub(crate) phase: Mutex<Closure>,
     pub(crate) phase_changed: Condvar,
+    /// Tells whether the device has another server in this process by now. `None` if it was never served.
+    turn: Option<Turn>,
 }
 
 /// The threads of a device.
@@ -251,7 +275,7 @@ impl Serving {
             let Some(thread) = queue.thread.take() else { continue };
             let patience = Instant::now() + Duration::from_millis(500);
             // Its last act is to say that it ended; what is left after that takes microseconds.
-            while !thread.is_finished() && health.wait_ended(Duration::ZERO) && Instant::now() < patience {
+            while !thread.is_finished() && health.have_ended() && Instant::now() < patience {
                 std::thread::sleep(Duration::from_micros(50));
             }
             if thread.is_finished() {
@@ -281,7 +305,7 @@ impl Serving {
 
     /// Whether no thread is inside the backend any more, joined or not.
     fn is_idle(&self, health: &Health) -> bool {
-        health.wait_ended(Duration::ZERO) && self.workers.as_ref().is_none_or(Workers::have_ended)
+        health.have_ended() && self.workers.as_ref().is_none_or(Workers::have_ended)
     }
 
     /// Whether every queue's thread was joined, so that the driver has its character device back.
@@ -317,6 +341,7 @@ impl Device {
         health: Arc<Health>,
         deadlines: Deadlines,
         serving: Serving,
+        turn: Option<Turn>,
     ) -> Self {
         Self {
             identity: orphan::identity(&controller, info.id()),
@@ -330,6 +355,7 @@ impl Device {
             serving: Mutex::new(serving),
             phase: Mutex::new(Closure::Open),
             phase_changed: Condvar::new(),
+            turn,
         }
     }
 
@@ -370,7 +396,8 @@ impl Device {
     }
 
     /// The first error that a queue could not serve past, if there was one; of the kind [`ErrorKind::State`] if somebody
-    /// else stopped the device. It then fails all I/O.
+    /// else stopped the device, or has it let go for another server (QUIESCE). A queue that is not served any longer takes
+    /// the others with it: all I/O fails then, or, as the device's [recovery mode](Recovery) says, waits.
     #[must_use]
     pub fn first_error(&self) -> Option<Error> {
         self.health.first_error()
@@ -410,6 +437,11 @@ impl Device {
     /// of the device fails and the device is gone. If it is a queue's own thread, the kernel keeps that queue's I/O waiting
     /// until the call returns or the process ends. Closing again, then, finishes what is left; so does dropping the
     /// device. [`ErrorKind::State`] when called from a thread that serves this device.
+    ///
+    /// Also [`ErrorKind::State`] for a device with a [recovery mode](Recovery) that is for another server: it was
+    /// detached, somebody has made it quiescent, or another server has it already. It is left alone then; only the threads
+    /// here are ended. A device whose queues have failed here is still this one's to close, as long as nobody else has recovered
+    /// it: it is stopped and deleted, and what waits in it fails. [Detach](Self::detach) it to leave it for another server.
     pub fn close(&self) -> Result<Closed> {
         self.close_within(self.deadlines)
     }
@@ -479,10 +511,16 @@ impl Device {
             serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
             return Ok(Closed { deletion: Deletion::Complete });
         }
+        let until = Instant::now() + deadlines.stop;
+        if let Some(state) = self.left_to_another(&mut serving, until)? {
+            self.tell(Phase::Joined);
+            let message =
+                format!("close device {}: it is for another server now ({state}): leave it alone", self.id());
+            return Err(Error::new(ErrorKind::State, message));
+        }
         // No STOP while a queue's thread is inside the backend and does not come back: it would wait in the kernel for that
         // thread's request, beyond any signal, and this process, which holds the character device that would have to be
         // let go for the request to fail, would wait for the STOP: not even SIGKILL could end it.
-        let until = Instant::now() + deadlines.stop;
         let stopped = serving
             .await_answers(until)
             .map(|()| self.tell(Phase::Stopping))
@@ -517,6 +555,34 @@ impl Device {
         joined.and(deleted)
     }
 
+    /// Whether the device was let go, by this process or by a QUIESCE from outside, or has another server already; its state
+    /// then, once the threads that served it here have ended. What has failed here and is nobody else's yet is still ours.
+    fn left_to_another(&self, serving: &mut Serving, until: Instant) -> Result<Option<State>> {
+        if self.info.recovery() == Recovery::None || !(self.health.has_given_up() || self.health.have_ended()) {
+            return Ok(None);
+        }
+        let info = match self.controller.get_dev_info(self.id()) {
+            Ok(info) => info,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let waits = matches!(info.state(), State::Live | State::Quiesced | State::FailIo);
+        if !(self.is_anothers(&info) || waits && self.health.has_given_up()) {
+            return Ok(None);
+        }
+        let joined = serving.join(&self.health, until.max(Instant::now() + JOIN_DEADLINE));
+        // A worker that is stuck holds nothing of the device's.
+        if serving.queues_ended() { Ok(Some(info.state())) } else { joined.and(Err(still_inside("a queue"))) }
+    }
+
+    /// Whether somebody else serves the device, as far as can be told, or was the last to do so. Only for a device whose
+    /// threads here have ended.
+    pub(crate) fn is_anothers(&self, info: &DeviceInfo) -> bool {
+        // Since Linux 6.18, -1 says that there is no server.
+        let pid = info.server_pid();
+        self.turn.as_ref().is_some_and(Turn::is_over) || pid != -1 && pid != std::process::id() as i32
+    }
+
     /// STOP writes dirty pages back, but not those of a device whose I/O waits for a server: it fails that I/O first, with the
     /// server still there or not.
     fn write_back(&self, until: Instant) {
@@ -525,6 +591,11 @@ impl Device {
         {
             self.tell_event(&Event::Degraded { what: error.to_string() });
         }
+    }
+
+    /// Whether every queue has its thread.
+    pub(crate) fn all_serve(&self) -> bool {
+        self.health.lock().serving == self.stats.len()
     }
 
     pub(crate) fn tell(&self, phase: Phase) {

@@ -22,6 +22,7 @@ use crate::stats::{Event, Phase, QueueShared};
 use crate::sys::map::{Map, page_size};
 use crate::sys::process::set_io_flusher;
 use crate::sys::ublk;
+use crate::turn::Turn;
 use crate::workers::{Pool, Workers};
 
 /// How long the device nodes may take to appear.
@@ -120,7 +121,8 @@ pub(crate) fn launch<S: Serve>(
         // A queue that failed is why the start was called off.
         done.map_err(|error| health.first_error().unwrap_or(error))
     });
-    let device = Device::new(Arc::clone(controller), info, geometry, health, options.deadlines, serving);
+    let turn = started.is_ok().then(|| Turn::take(info.id()));
+    let device = Device::new(Arc::clone(controller), info, geometry, health, options.deadlines, serving, turn);
     if let Err(error) = started {
         device.undo_start(&fetching);
         return Err(error);
@@ -249,7 +251,10 @@ impl<S: Serve> QueueSetup<S> {
             Err(Error::new(ErrorKind::Queue, format!("serve queue {queue}: its thread panicked")))
         });
         if served.is_ok() {
-            let error = Error::new(ErrorKind::State, "serve the device any longer: somebody else stopped it");
+            let error = Error::new(
+                ErrorKind::State,
+                "serve the device any longer: somebody else stopped it, or made it quiescent",
+            );
             if health.ended_by_somebody_else(&error) {
                 shared.tell(&Event::QueueFailed { queue, error });
             }

@@ -101,6 +101,7 @@ mod ring;
 mod signals;
 mod stats;
 pub mod sys;
+mod turn;
 mod workers;
 mod writeback;
 

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ublkit::backends::{File, Memory, Null};
+use ublkit::ctrl::State;
 use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Event, Geometry, Signals};
 
 use crate::args::{Mode, ServeBackend, ServeFile, ServeSized, Shape};
@@ -126,11 +127,14 @@ impl Started {
             Ok(()) => self.wait(),
             Err(_) => ("nobody reads the output", None),
         };
-        // A device that has failed, or that somebody else has stopped, is nothing to hand on.
-        let closed = if self.detach && self.device.first_error().is_none() {
-            self.device.detach().map(|detached| detached.to_string())
-        } else {
-            self.device.close().map(|closed| closed.to_string())
+        let detach = || self.device.detach().map(|detached| detached.to_string());
+        let close = || self.device.close().map(|closed| closed.to_string());
+        let closed = match self.device.first_error() {
+            None if self.detach => detach(),
+            // Let go of for another server, or stopped: only the first can be detached.
+            Some(error) if error.kind() == ErrorKind::State => detach().or_else(|_| close()),
+            // A device that has failed is nothing to hand on.
+            _ => close(),
         };
         let stats = self.device.stats();
         let requests: u64 = stats.iter().map(|queue| queue.requests).sum();
@@ -152,8 +156,12 @@ impl Started {
             }
             match self.device.first_error() {
                 None => {}
-                // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`.
-                Some(error) if error.kind() == ErrorKind::State => return ("somebody else stopped it", None),
+                // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`, or a supervisor's QUIESCE.
+                Some(error) if error.kind() == ErrorKind::State => {
+                    let stopped = self.device.controller().get_dev_info(self.device.id());
+                    let quiescent = stopped.is_ok_and(|info| info.state() != State::Dead);
+                    return (if quiescent { "for another server now" } else { "somebody else stopped it" }, None);
+                }
                 error => return ("it failed", error),
             }
         }

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::recovery::Recovery;
 use crate::ring::command::{CommandRing, Outcome};
 use crate::sys::ublk::{self, CtrlCmd, DevInfo, Features, Params, Plain};
+use crate::writeback;
 
 /// How long a command that has nothing to wait for may take.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
@@ -104,6 +105,21 @@ impl DeviceInfo {
     #[must_use]
     pub const fn recovery(&self) -> Recovery {
         Recovery::of(self.features())
+    }
+
+    /// Writes back what file systems and the page cache hold for a device that a [stop](Controller::stop) would lose: one that
+    /// is served and whose I/O waits when it is not ([`Recovery::Wait`] and [`Recovery::Reissue`]). Of any other device it does
+    /// nothing: the kernel does it itself, or there is nobody to write to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when its server has not finished that within `deadline`; a thread is left that waits for it, and
+    /// with it the end of this process. Or what the file system says.
+    pub fn write_back(&self, deadline: Duration) -> Result<()> {
+        if self.state() == State::Live && self.recovery().waits() {
+            writeback::write_back(self.id(), Instant::now() + deadline)
+        } else {
+            Ok(())
+        }
     }
 
     /// Path of the block device.
@@ -329,6 +345,10 @@ impl Controller {
 
     /// Stops a device (`UBLK_U_CMD_STOP_DEV`): the kernel writes back dirty pages through the server, waits for I/O in
     /// flight, and removes the block device. Must not be called from a thread that serves one of its queues.
+    ///
+    /// With [`Recovery::Wait`] and [`Recovery::Reissue`] the kernel fails the dirty pages instead: what file systems and
+    /// applications have written and not synced is lost, unless [`DeviceInfo::write_back`] is called before. The same goes for
+    /// deleting a device that was not stopped.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`], [`ErrorKind::NotFound`], or what the kernel says.

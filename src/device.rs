@@ -584,10 +584,13 @@ impl Device {
     }
 
     /// STOP writes dirty pages back, but not those of a device whose I/O waits for a server: it fails that I/O first, with the
-    /// server still there or not.
+    /// server still there or not. Half of the time is left for the STOP itself.
     fn write_back(&self, until: Instant) {
+        let half = until.saturating_duration_since(Instant::now()) / 2;
+        // With a queue less, there is I/O that waits for the STOP.
         if self.info.recovery().waits()
-            && let Err(error) = writeback::write_back(&self.info, until)
+            && self.all_serve()
+            && let Err(error) = writeback::write_back(self.id(), Instant::now() + half)
         {
             self.tell_event(&Event::Degraded { what: error.to_string() });
         }

@@ -144,7 +144,7 @@ impl Node {
     }
 
     pub(crate) fn holders_in(self, roots: &Roots, time_limit: Duration) -> Holders {
-        Wanted { nodes: HashSet::from([self]), removed: Vec::new() }.search(roots, time_limit)
+        Wanted { nodes: HashSet::from([self]), removed: Vec::new(), mounts_only: false }.search(roots, time_limit)
     }
 }
 
@@ -163,6 +163,11 @@ pub fn of_ublk(id: u32) -> Holders {
     Wanted::ublk(id).search(&Roots::default(), TIME_LIMIT)
 }
 
+/// Where a ublk device, or a partition of it, is mounted. What else holds it is not looked for.
+pub(crate) fn mounts_of_ublk(id: u32) -> Holders {
+    Wanted { mounts_only: true, ..Wanted::ublk(id) }.search(&Roots::default(), TIME_LIMIT)
+}
+
 pub(crate) fn of_device(device: &DeviceInfo) -> Vec<Holder> {
     of_ublk(device.id()).found
 }
@@ -174,12 +179,15 @@ struct Wanted {
     nodes: HashSet<Node>,
     /// Names of nodes that may have been removed.
     removed: Vec<String>,
+    /// Whether file systems are all that is searched for: most of a search is other processes' descriptors and maps.
+    mounts_only: bool,
 }
 
 impl Wanted {
     fn ublk(id: u32) -> Self {
         let nodes = [block_path(id), character_path(id)].into_iter().filter_map(|path| Node::at(path).ok());
-        Self { nodes: nodes.collect(), removed: vec![format!("ublkb{id}"), format!("ublkc{id}")] }
+        let removed = vec![format!("ublkb{id}"), format!("ublkc{id}")];
+        Self { nodes: nodes.collect(), removed, mounts_only: false }
     }
 
     fn search(self, roots: &Roots, time_limit: Duration) -> Holders {
@@ -249,15 +257,20 @@ impl Search {
         self.add_partitions();
         let mut processes = self.processes();
         processes.sort_unstable();
-        for &pid in &processes {
-            self.descriptors(pid);
+        let everything = !self.wanted.mounts_only;
+        if everything {
+            processes.iter().for_each(|&pid| self.descriptors(pid));
         }
         if self.wanted.nodes.iter().any(|node| node.kind == SFlag::S_IFBLK) || !self.wanted.removed.is_empty() {
             self.mounts(&processes);
-            self.swap();
-            self.devices_on_top();
+            if everything {
+                self.swap();
+                self.devices_on_top();
+            }
         }
-        self.maps(&processes);
+        if everything {
+            self.maps(&processes);
+        }
         if let Some(why) = self.blind_spot() {
             self.tell(News::Incomplete(why));
         }
@@ -690,6 +703,8 @@ mod tests {
         tree.write("proc/self/mountinfo", &mounts.concat());
         let holders = Wanted::ublk(7).search(&tree.roots(), LIMIT);
         assert_eq!(shown(&holders), ["pid 123 (fio) fd 5", "mounted on /a", "mounted on /b"]);
+        let mounts = Wanted { mounts_only: true, ..Wanted::ublk(7) }.search(&tree.roots(), LIMIT);
+        assert_eq!(shown(&mounts), ["mounted on /a", "mounted on /b"]);
     }
 
     #[test]

@@ -34,8 +34,8 @@ const HELD_PATIENCE: Duration = Duration::from_secs(1);
 /// backend for which that is not the same as once must not use it.
 ///
 /// When a device with `Wait` or `Reissue` is stopped, the kernel fails its dirty pages instead of writing them back, even if
-/// its server is there. [`Device::close`](crate::Device::close) therefore writes them back before; `ublkit stop`, another
-/// process's STOP and a write that comes between the two do not have that.
+/// its server is there. [`Device::close`](crate::Device::close), `ublkit stop` and `ublkit delete` therefore write them back
+/// before ([`DeviceInfo::write_back`]); another program's STOP and a write that comes between the two do not have that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Recovery {

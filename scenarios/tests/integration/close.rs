@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, umount};
 use ublkit::ctrl::block_path;
 use ublkit::holders::How;
-use ublkit::{Controller, DataMode, Deletion, Device, ErrorKind, Geometry};
+use ublkit::{Controller, DataMode, Deletion, Device, ErrorKind, Geometry, Recovery};
 
 use super::client::{self, KIB, MIB, assert_same, bounded, builder, direct, eventually, open, start, start_with};
 use super::disk::{Disk, Op};
@@ -26,6 +27,7 @@ cases!("close":
     a_queue_thread_may_not_close_its_device,
     a_worker_may_not_close_its_device,
     dirty_pages_reach_the_backend,
+    files_reach_the_backend_in_every_mode,
     no_acknowledged_write_is_lost_while_closing in 60 s,
     a_backend_call_that_never_returns_inline in 60 s,
     a_backend_call_that_never_returns_in_a_worker in 60 s,
@@ -182,6 +184,34 @@ fn dirty_pages_reach_the_backend() {
     assert_same(&disk.stored(4096, 3 << 20), &wrote, "stored when close() has returned");
     drop(file);
     eventually("the id is free", || gone(device.id()));
+}
+
+/// Files that nobody has synced, of a file system that stays mounted.
+fn files_reach_the_backend_in_every_mode() {
+    let mount = |device: &Device, at: &Path| {
+        nix::mount::mount(Some(&device.path()), at, Some("ext4"), MsFlags::empty(), None::<&str>).expect("mount");
+    };
+    for mode in [Recovery::None, Recovery::Wait, Recovery::Reissue] {
+        let disk = Disk::new(Geometry::bytes(8 * MIB).volatile_cache());
+        let device = start_with(&disk, |builder| builder.recovery(mode).delete_deadline(Duration::from_millis(300)));
+        let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(device.path()).status().expect("run mkfs.ext4");
+        assert!(made.success(), "{made}");
+        let at = tempfile::tempdir().expect("a directory");
+        mount(&device, at.path());
+        let wrote = client::pattern(1, 0, 256 << 10);
+        std::fs::write(at.path().join("file"), &wrote).expect("write a file");
+        let holders = deferred(&device);
+        umount(at.path()).expect("umount");
+        assert!(holders.iter().any(|holder| matches!(holder.how, How::Mount(_))), "{holders:?}");
+        eventually("the id is free once it is unmounted", || gone(device.id()));
+
+        let device = start(&disk);
+        mount(&device, at.path());
+        let read = std::fs::read(at.path().join("file"));
+        umount(at.path()).expect("umount");
+        assert_same(&read.expect("the file is there"), &wrote, &format!("the file, with recovery {mode}"));
+        client::close(&device);
+    }
 }
 
 fn no_acknowledged_write_is_lost_while_closing() {

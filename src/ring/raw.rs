@@ -17,6 +17,37 @@ use crate::sys::uring::{self, Sqe};
 /// none of it is ever unmapped or used for anything else.
 static RETIRED: Mutex<Vec<Map>> = Mutex::new(Vec::new());
 
+/// Memory that a channel's commands may name. It is retired, and not unmapped, with the channel.
+#[derive(Debug)]
+struct Lent(Option<Map>);
+
+impl Lent {
+    /// `len` bytes, of which the first `clean` are zeroes.
+    fn new(len: usize, clean: usize) -> io::Result<Self> {
+        let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(index) = retired.iter().position(|map| map.len() == len) else {
+            return Map::anonymous(len).map(|map| Self(Some(map)));
+        };
+        let map = retired.swap_remove(index);
+        assert!(clean <= len);
+        // SAFETY: in bounds by the assertion. Nobody else has this map; a kernel that still writes to it writes what the next
+        // one to look at it must expect anyway, and no reference to it is ever made.
+        unsafe { map.start().as_ptr().write_bytes(0, clean) };
+        Ok(Self(Some(map)))
+    }
+
+    fn start(&self) -> *mut u8 {
+        // `None` only while it is dropped.
+        self.0.as_ref().map_or(std::ptr::null_mut(), |map| map.start().as_ptr())
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        RETIRED.lock().unwrap_or_else(PoisonError::into_inner).extend(self.0.take());
+    }
+}
+
 /// The longest list of elements that a batch command can describe, in bytes: 16 bits of count, 8 bits of size.
 const ELEMENTS_LEN: usize = u16::MAX as usize * u8::MAX as usize;
 
@@ -95,10 +126,11 @@ pub struct Completion {
 /// A ring on which any I/O command can be sent to one character device. It belongs to the thread that made it.
 #[derive(Debug)]
 pub struct IoChannel {
+    // Goes before the memory does.
     ring: Ring,
     device: Arc<File>,
-    /// The buffers, then room for elements. `None` only while it is dropped.
-    memory: Option<Map>,
+    /// The buffers, then room for elements.
+    memory: Lent,
     buffers: u16,
     stride: usize,
     pending: u32,
@@ -113,27 +145,16 @@ impl IoChannel {
     pub fn new(device: Arc<File>, commands: u16, buffers: u16, buffer_bytes: usize) -> io::Result<Self> {
         let entries = u32::from(commands.max(1)).next_power_of_two();
         let stride = buffer_bytes.max(1).next_multiple_of(page_size());
-        let len = stride * usize::from(buffers) + ELEMENTS_LEN;
-        let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = match retired.iter().position(|map| map.len() == len) {
-            Some(index) => retired.swap_remove(index),
-            None => Map::anonymous(len)?,
-        };
-        drop(retired);
-        let mut this = Self {
+        let of_buffers = stride * usize::from(buffers);
+        Ok(Self {
             ring: Ring::new(entries, Kind::ThisThread)?,
             device,
-            memory: Some(memory),
+            memory: Lent::new(of_buffers + ELEMENTS_LEN, of_buffers)?,
             buffers,
             stride,
             pending: 0,
             entries,
-        };
-        // What an earlier channel left in them.
-        for index in 0..buffers {
-            this.write_buffer(index, &vec![0; stride])?;
-        }
-        Ok(this)
+        })
     }
 
     /// Sends a command. A command that the driver refuses has completed when this returns.
@@ -270,24 +291,14 @@ impl IoChannel {
     }
 
     fn buffer(&self, index: u16) -> io::Result<*mut u8> {
-        match &self.memory {
-            Some(memory) if index < self.buffers => {
-                Ok(memory.start().as_ptr().wrapping_add(self.stride * usize::from(index)))
-            }
-            _ => Err(io::ErrorKind::InvalidInput.into()),
+        if index >= self.buffers {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
+        Ok(self.memory.start().wrapping_add(self.stride * usize::from(index)))
     }
 
     fn elements(&self) -> *mut u8 {
-        let start = self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.start().as_ptr());
-        start.wrapping_add(self.stride * usize::from(self.buffers))
-    }
-}
-
-impl Drop for IoChannel {
-    fn drop(&mut self) {
-        let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-        retired.extend(self.memory.take());
+        self.memory.start().wrapping_add(self.stride * usize::from(self.buffers))
     }
 }
 
@@ -394,6 +405,25 @@ mod tests {
         assert!(first.write_buffer(2, b"x").is_err() && first.read_buffer(0, 4097).is_err());
         drop(first);
         assert_eq!(channel().read_buffer(1, 4).expect("read"), [0; 4]);
+    }
+
+    #[test]
+    fn memory_that_was_named_once_stays_when_the_next_channel_cannot_be_had() {
+        // Of a size that no other test has.
+        let len = 3 * page_size() + ELEMENTS_LEN;
+        let new = |commands| {
+            let null = File::options().read(true).write(true).open("/dev/null").expect("open");
+            IoChannel::new(Arc::new(null), commands, 3, 1)
+        };
+        let retired = || {
+            let retired = RETIRED.lock().expect("lock");
+            retired.iter().filter(|map| map.len() == len).map(|map| map.start().as_ptr() as usize).collect::<Vec<_>>()
+        };
+        drop(new(4).expect("channel"));
+        let before = retired();
+        assert_eq!(before.len(), 1);
+        assert!(new(u16::MAX).is_err(), "more than a ring can have");
+        assert_eq!(retired(), before);
     }
 
     #[test]

@@ -207,22 +207,8 @@ pub struct CommandCost {
 const COMMANDS: usize = 32;
 
 fn command_name(number: u32) -> &'static str {
-    let names = [
-        (ublk::CMD_GET_QUEUE_AFFINITY, "GET_QUEUE_AFFINITY"),
-        (ublk::CMD_GET_DEV_INFO, "GET_DEV_INFO"),
-        (ublk::CMD_ADD_DEV, "ADD_DEV"),
-        (ublk::CMD_DEL_DEV, "DEL_DEV"),
-        (ublk::CMD_START_DEV, "START_DEV"),
-        (ublk::CMD_STOP_DEV, "STOP_DEV"),
-        (ublk::CMD_SET_PARAMS, "SET_PARAMS"),
-        (ublk::CMD_GET_PARAMS, "GET_PARAMS"),
-        (ublk::CMD_START_USER_RECOVERY, "START_USER_RECOVERY"),
-        (ublk::CMD_END_USER_RECOVERY, "END_USER_RECOVERY"),
-        (ublk::CMD_GET_DEV_INFO2, "GET_DEV_INFO2"),
-        (ublk::CMD_GET_FEATURES, "GET_FEATURES"),
-        (ublk::CMD_DEL_DEV_ASYNC, "DEL_DEV_ASYNC"),
-    ];
-    names.iter().find(|(command, _)| ublk::legacy(*command) == number).map_or("other", |(_, name)| name)
+    let found = ublk::CONTROL_COMMANDS.iter().find(|(command, _)| ublk::legacy(*command) == number);
+    found.map_or("other", |(_, name)| name.strip_prefix("CMD_").unwrap_or(name))
 }
 
 /// What one command has cost so far.
@@ -608,4 +594,20 @@ pub(crate) fn explain_ring(error: &io::Error) -> Error {
     };
     let message = format!("{plain}: {hint}");
     plain.with_message(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_is_counted_under_its_name() {
+        for (command, name) in ublk::CONTROL_COMMANDS {
+            let number = ublk::legacy(*command);
+            assert!((number as usize) < COMMANDS, "{name}");
+            assert_eq!(format!("CMD_{}", command_name(number)), *name);
+        }
+        assert_eq!(command_name(ublk::legacy(ublk::CMD_QUIESCE_DEV)), "QUIESCE_DEV");
+        assert_eq!(command_name(0), "other");
+    }
 }

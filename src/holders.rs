@@ -259,7 +259,9 @@ impl Search {
         processes.sort_unstable();
         let everything = !self.wanted.mounts_only;
         if everything {
-            processes.iter().for_each(|&pid| self.descriptors(pid));
+            for &pid in &processes {
+                self.descriptors(pid);
+            }
         }
         if self.wanted.nodes.iter().any(|node| node.kind == SFlag::S_IFBLK) || !self.wanted.removed.is_empty() {
             self.mounts(&processes);

@@ -12,11 +12,12 @@ use nix::unistd::Pid;
 
 use crate::backend::Geometry;
 use crate::builder::{DataMode, Options, PoolHandle, QueueInfo, Serve};
-use crate::ctrl::{Controller, DeviceInfo};
+use crate::ctrl::{Controller, DeviceInfo, character_path};
 use crate::device::{Device, Health, QueueHandle, Serving};
 use crate::error::{Error, ErrorKind, Result};
 use crate::params;
 use crate::queue::{Queue, setup_error};
+use crate::recovery::Patience;
 use crate::ring::tags::{self, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
 use crate::sys::map::{Map, page_size};
@@ -25,10 +26,8 @@ use crate::sys::ublk;
 use crate::turn::Turn;
 use crate::workers::{Pool, Workers};
 
-/// How long the device nodes may take to appear.
+/// How long the device nodes may take to appear, if the start may take that long.
 const NODE_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a dying server may hold on to the character device.
-const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a device comes to be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,7 +76,7 @@ pub(crate) fn launch<S: Serve>(
     if beginning == Beginning::Start {
         controller.set_params(info.id(), &params::params(&geometry, info.max_io_bytes()))?;
     }
-    let character_device = Arc::new(open_character_device(&info, beginning)?);
+    let character_device = Arc::new(open_character_device(info.id(), beginning, deadline)?);
     (options.events)(&Event::Phase(Phase::Configured));
     let health = Arc::new(Health::default());
     let source = Arc::new(source);
@@ -128,12 +127,12 @@ pub(crate) fn launch<S: Serve>(
         return Err(error);
     }
     (options.events)(&Event::Phase(Phase::Started));
-    if wait_for_node(&device.path()) {
+    if wait_for_node(&device.path(), deadline) {
         (options.events)(&Event::Phase(Phase::Visible));
     } else {
         (options.events)(&Event::Degraded {
             what: format!(
-                "{} did not appear within {NODE_DEADLINE:?}: the device is served, but its node is not in this /dev",
+                "{} did not appear in time: the device is served, but its node is not in this /dev",
                 device.path().display()
             ),
         });
@@ -261,11 +260,11 @@ impl<S: Serve> QueueSetup<S> {
         }
         if let Err(error) = served {
             // One queue less is a device that hangs: all of them end, and the kernel fails what was in flight.
-            shared.tell(&Event::QueueFailed { queue, error: error.clone() });
             health.fail(error.clone());
             for other in &*everyone {
                 other.abandon();
             }
+            shared.tell(&Event::QueueFailed { queue, error: error.clone() });
             // Nobody listens any more if the start is over.
             let _ = ready.send(Err(error));
         }
@@ -337,23 +336,25 @@ impl<S: Serve> QueueSetup<S> {
 
 /// Opens a device's character node, which udev or devtmpfs may still be making, or which a server that died may still be
 /// letting go.
-fn open_character_device(info: &DeviceInfo, beginning: Beginning) -> Result<File> {
-    let path = info.character_path();
-    let deadline = Instant::now() + NODE_DEADLINE;
-    let last_holder_goes = Instant::now() + RELEASE_PATIENCE;
+fn open_character_device(id: u32, beginning: Beginning, deadline: Instant) -> Result<File> {
+    let path = character_path(id);
+    let begun = Instant::now();
+    let node_deadline = deadline.min(begun + NODE_DEADLINE);
+    let mut patience = Patience::new(id, deadline);
     loop {
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => return Ok(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {}
-            Err(error)
-                if error.kind() == io::ErrorKind::ResourceBusy
-                    && beginning == Beginning::Recovery
-                    && Instant::now() < last_holder_goes => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < node_deadline => {}
+            // Before 6.16 this is where it shows that somebody else recovers the device.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && beginning == Beginning::Recovery => {
+                patience.wait("not free yet")?;
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::io(&error, format_args!("open {}", path.display())).with_message(format!(
-                    "open {}: the node did not appear within {NODE_DEADLINE:?}: /dev is not a devtmpfs (a container?); \
-                     bind-mount the host's /dev",
-                    path.display()
+                    "open {}: the node did not appear within {:.1?}: /dev is not a devtmpfs (a container?); bind-mount the \
+                     host's /dev",
+                    path.display(),
+                    begun.elapsed()
                 )));
             }
             Err(error) => return Err(Error::io(&error, format_args!("open {}", path.display()))),
@@ -362,8 +363,8 @@ fn open_character_device(info: &DeviceInfo, beginning: Beginning) -> Result<File
     }
 }
 
-fn wait_for_node(path: &Path) -> bool {
-    let deadline = Instant::now() + NODE_DEADLINE;
+fn wait_for_node(path: &Path, deadline: Instant) -> bool {
+    let deadline = deadline.min(Instant::now() + NODE_DEADLINE);
     while !path.exists() {
         if Instant::now() >= deadline {
             return false;
@@ -371,4 +372,19 @@ fn wait_for_node(path: &Path) -> bool {
         std::thread::sleep(Duration::from_millis(1));
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_not_waited_for_past_the_starts_deadline() {
+        let (begun, soon) = (Instant::now(), Duration::from_millis(50));
+        // An id that no device has.
+        let error = open_character_device(u32::MAX, Beginning::Start, begun + soon).expect_err("no such node");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        assert!(!wait_for_node(Path::new("/dev/none-such"), Instant::now() + soon));
+        assert!(begun.elapsed() < NODE_DEADLINE, "{:?}", begun.elapsed());
+    }
 }

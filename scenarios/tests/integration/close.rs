@@ -32,6 +32,7 @@ cases!("close":
     a_backend_call_that_never_returns_inline in 60 s,
     a_backend_call_that_never_returns_in_a_worker in 60 s,
     a_detached_request_that_is_never_completed,
+    a_sink_that_panics_keeps_nobody_from_closing,
     a_device_that_somebody_else_stopped,
     a_device_that_somebody_else_deleted,
 );
@@ -398,6 +399,26 @@ fn a_detached_request_that_is_never_completed() {
     let mut request = kept.lock().expect("lock").pop().expect("kept");
     assert!(request.data().is_err(), "its data went with the device");
     request.complete();
+}
+
+/// Whatever is told, and on whichever thread.
+fn a_sink_that_panics_keeps_nobody_from_closing() {
+    for workers in [0, 2] {
+        let disk = Disk::new(Geometry::bytes(MIB));
+        disk.hook(|call| if call.op == Op::Write { panic!("planted: the backend panics") } else { Ok(()) });
+        let told = Arc::new(AtomicU64::new(0));
+        let device = start_with(&disk, |builder| {
+            let told = Arc::clone(&told);
+            builder.workers(workers).on_event(move |event| {
+                told.fetch_add(1, Ordering::SeqCst);
+                panic!("planted: the sink panics at {event}");
+            })
+        });
+        assert!(client::write(&direct(&device), 1, 0, 512).is_err(), "the backend panicked");
+        client::read(&direct(&device), 0, 512).expect("the device goes on");
+        bounded("closing", Duration::from_secs(15), || client::close(&device));
+        assert!(told.load(Ordering::SeqCst) >= 9, "each phase and the backend's panic");
+    }
 }
 
 fn a_device_that_somebody_else_stopped() {

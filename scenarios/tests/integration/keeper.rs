@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ublkit::backends::File;
-use ublkit::{Backend, Device, Event, Geometry, Recovery, WriteFlags};
+use ublkit::{Backend, DataMode, Device, Event, Geometry, Recovery, WriteFlags};
 
 use super::server::ROLE;
 
@@ -84,6 +84,7 @@ pub(crate) fn run() -> ExitCode {
         .queues(number("queues", 2) as u16)
         .depth(number("depth", 16) as u16)
         .max_io_bytes(64 << 10)
+        .data_mode(if number("user_copy", 0) == 1 { DataMode::UserCopy } else { DataMode::Copy })
         .stop_deadline(Duration::from_secs(number("stop_seconds", 10)))
         .on_event(move |event| {
             if let Event::Phase(phase) = event

@@ -27,6 +27,8 @@ cases!("recovery":
     reissue_keeps_everything,
     fail_io_fails_everything_at_once,
     a_server_killed_idle_is_followed_by_the_next,
+    a_user_copy_device_is_recovered_as_one,
+    a_second_recovery_is_told_of_the_first,
     a_recovery_killed_on_its_way_is_followed_by_the_next,
     a_recovery_that_fails_leaves_the_device_recoverable,
     a_detached_device_is_taken_over_under_load in 60 s,
@@ -242,6 +244,36 @@ fn a_server_killed_idle_is_followed_by_the_next() {
         let third = recovered(&place, id);
         ended(&third, id);
     }
+}
+
+fn a_user_copy_device_is_recovered_as_one() {
+    let place = Place::new();
+    let (keeper, id) = Keeper::serving(&place.file(), "mode=reissue user_copy=1");
+    client::write(&open(id), 1, 0, 4096).expect("write");
+    keeper.kill();
+    let waiting = Pending::write(id, 3, 8192);
+    let next = recovered(&place, id);
+    assert_eq!(waiting.result(), Ok(()));
+    assert_reads(id, 3, 8192);
+    let info = controller().get_dev_info(id).expect("info");
+    assert!(info.features().contains(Features::USER_COPY), "{info:?}");
+    ended(&next, id);
+}
+
+fn a_second_recovery_is_told_of_the_first() {
+    let place = Place::new();
+    let (keeper, id) = Keeper::serving(&place.file(), "mode=reissue");
+    let _guard = Guard(id);
+    client::write(&open(id), 1, 0, 4096).expect("write");
+    keeper.kill();
+    let first = Keeper::ordered(&place.file(), &format!("recover={id} hold_at={}", Phase::Configured));
+    assert_eq!(first.line(), format!("held {}", Phase::Configured));
+    let second = Keeper::ordered(&place.file(), &format!("recover={id}"));
+    let answer = bounded("a refusal", LONG, || second.line());
+    assert!(answer.starts_with("failed to") && answer.contains(&format!("held by pid {}", first.pid())), "{answer}");
+    first.kill();
+    let next = recovered(&place, id);
+    ended(&next, id);
 }
 
 fn a_recovery_killed_on_its_way_is_followed_by_the_next() {

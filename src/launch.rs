@@ -18,11 +18,10 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::params;
 use crate::queue::{Queue, setup_error};
 use crate::recovery::Patience;
+use crate::ring::descriptors::Descriptors;
 use crate::ring::tags::{self, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
-use crate::sys::map::{Map, page_size};
 use crate::sys::process::set_io_flusher;
-use crate::sys::ublk;
 use crate::turn::Turn;
 use crate::workers::{Pool, Workers};
 
@@ -280,14 +279,9 @@ impl<S: Serve> QueueSetup<S> {
             .source
             .open(&self.info, self.pool.clone().map(PoolHandle))
             .map_err(|error| setup_error(queue, "open the handler", &error))?;
-        let page = page_size();
         let depth = self.info.device.depth();
-        let descriptors = Map::shared_read_only(
-            &*self.character_device,
-            ublk::queue_map_offset(queue, page),
-            ublk::queue_map_len(depth, page),
-        )
-        .map_err(|error| setup_error(queue, "map the descriptors", &error))?;
+        let descriptors = Descriptors::map(&self.character_device, queue, depth)
+            .map_err(|error| setup_error(queue, "map the descriptors", &error))?;
         let copying = match self.options.data_mode {
             DataMode::Copy => Copying::Driver,
             DataMode::UserCopy => Copying::User,

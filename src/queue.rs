@@ -166,16 +166,16 @@ pub(crate) fn setup_error(queue: u16, what: &str, error: &io::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ring::descriptors::Descriptors;
     use crate::ring::tags::{Copying, Shared};
-    use crate::sys::map::{Map, page_size};
-    use crate::sys::ublk::queue_map_len;
+    use crate::sys::ublk::IoDesc;
 
     /// What was completed before the order to end is not kept back: its applications would see errors for what is done.
     #[test]
     fn an_abandoned_queue_commits_what_it_has_completed() {
         const DEPTH: u16 = 4;
         let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").expect("open /dev/null");
-        let descriptors = Map::anonymous(queue_map_len(DEPTH, page_size())).expect("descriptors");
+        let descriptors = Descriptors::pretended(DEPTH, IoDesc::default()).expect("descriptors");
         let orders = Arc::new(Shared::new(DEPTH, 4096).expect("buffers"));
         let tags = Tags::new(0, DEPTH, Copying::Driver, Arc::new(null), descriptors, Arc::clone(&orders));
         let shared = Arc::new(QueueShared::new(0, Arc::new(|_| {})));

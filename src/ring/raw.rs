@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{Kind, Ring};
+use super::{Kind, Ring, descriptors};
 use crate::sys::map::{Map, page_size};
-use crate::sys::ublk::{self, IoCmd, IoDesc};
+use crate::sys::ublk::{IoCmd, IoDesc};
 use crate::sys::uring::{self, Sqe};
 
 /// Memory of channels that are gone. The driver may hold an address for a while after the ring that named it was closed, so
@@ -79,7 +79,7 @@ pub enum Address {
 /// An I/O command, any at all: nothing of it is checked, except that it names no memory but the channel's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoCommand {
-    /// The operation, such as [`IO_FETCH_REQ`](ublk::IO_FETCH_REQ).
+    /// The operation, such as [`IO_FETCH_REQ`](crate::sys::ublk::IO_FETCH_REQ).
     pub operation: u32,
     /// The queue.
     pub queue: u16,
@@ -98,7 +98,7 @@ pub struct IoCommand {
 /// A command for many tags at once (`struct ublk_batch_io`), any at all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BatchCommand {
-    /// The operation, such as [`IO_PREP_IO_CMDS`](ublk::IO_PREP_IO_CMDS).
+    /// The operation, such as [`IO_PREP_IO_CMDS`](crate::sys::ublk::IO_PREP_IO_CMDS).
     pub operation: u32,
     /// The queue.
     pub queue: u16,
@@ -304,10 +304,7 @@ impl IoChannel {
 
 /// The descriptors of one queue, mapped.
 #[derive(Debug)]
-pub struct Descriptors {
-    map: Map,
-    depth: u16,
-}
+pub struct Descriptors(descriptors::Descriptors);
 
 impl Descriptors {
     /// Maps the descriptors of queue `queue`, of `depth` tags.
@@ -315,9 +312,7 @@ impl Descriptors {
     /// # Errors
     /// What `mmap(2)` says.
     pub fn map(device: &File, queue: u16, depth: u16) -> io::Result<Self> {
-        let page = page_size();
-        let (offset, len) = (ublk::queue_map_offset(queue, page), ublk::queue_map_len(depth, page));
-        Ok(Self { map: Map::shared_read_only(device, offset, len)?, depth })
+        descriptors::Descriptors::map(device, queue, depth).map(Self)
     }
 
     /// Tries a mapping of another shape, and undoes it: the driver has to refuse all but one length and every
@@ -332,26 +327,14 @@ impl Descriptors {
     /// A tag's descriptor as it stands there now.
     #[must_use]
     pub fn get(&self, tag: u16) -> Option<IoDesc> {
-        if tag >= self.depth {
-            return None;
-        }
-        let at = self.map.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag));
-        // SAFETY: in bounds by the check and the length mapped, aligned (page start plus a multiple of 24), and every bit
-        // pattern is a value. Volatile, because the driver may write it.
-        Some(unsafe {
-            IoDesc {
-                op_flags: (&raw const (*at).op_flags).read_volatile(),
-                nr_sectors: (&raw const (*at).nr_sectors).read_volatile(),
-                start_sector: (&raw const (*at).start_sector).read_volatile(),
-                addr: (&raw const (*at).addr).read_volatile(),
-            }
-        })
+        self.0.get(tag)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::ublk;
 
     fn channel() -> IoChannel {
         let null = File::options().read(true).write(true).open("/dev/null").expect("open");

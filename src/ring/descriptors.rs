@@ -39,23 +39,38 @@ impl Descriptors {
         self.depth
     }
 
-    /// A tag's descriptor as it stands there now.
+    /// A tag's descriptor as it stands there now, but for the buffer's address, which whoever gave it to the driver knows.
+    ///
+    /// # Safety
+    /// `tag` is below the depth.
     #[inline(always)]
-    pub(crate) fn get(&self, tag: u16) -> Option<IoDesc> {
-        if tag >= self.depth {
-            return None;
-        }
-        let at = self.map.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag));
-        // SAFETY: in bounds by the check and the length mapped, aligned (page start plus a multiple of 24, alignment 8), and every
-        // bit pattern is an `IoDesc`. Volatile, because the driver, which may write it, is another writer than the compiler can
-        // see.
-        Some(unsafe {
+    pub(crate) unsafe fn request(&self, tag: u16) -> IoDesc {
+        let at = self.at(tag);
+        // SAFETY: in bounds by the caller's promise and the length mapped, aligned (page start plus a multiple of 24, alignment
+        // 8), and every bit pattern is an `IoDesc`. Volatile, because the driver, which may write it, is another writer than the
+        // compiler can see.
+        unsafe {
             IoDesc {
                 op_flags: (&raw const (*at).op_flags).read_volatile(),
                 nr_sectors: (&raw const (*at).nr_sectors).read_volatile(),
                 start_sector: (&raw const (*at).start_sector).read_volatile(),
-                addr: (&raw const (*at).addr).read_volatile(),
+                addr: 0,
             }
-        })
+        }
+    }
+
+    /// All of it.
+    #[cfg(feature = "raw")]
+    pub(crate) fn get(&self, tag: u16) -> Option<IoDesc> {
+        if tag >= self.depth {
+            return None;
+        }
+        // SAFETY: it is below the depth; and as above.
+        Some(unsafe { IoDesc { addr: (&raw const (*self.at(tag)).addr).read_volatile(), ..self.request(tag) } })
+    }
+
+    #[inline(always)]
+    fn at(&self, tag: u16) -> *const IoDesc {
+        self.map.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag))
     }
 }

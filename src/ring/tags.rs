@@ -344,11 +344,12 @@ impl Tags {
         while let Some(cqe) = self.ring.next() {
             if let Some(tag) = self.slots.get_mut(cqe.user_data as usize)
                 && cqe.result == ublk::IO_RES_OK
-                && let Some(descriptor) = self.descriptors.get(cqe.user_data as u16)
             {
-                // The driver writes a tag's descriptor only while it owns the tag.
                 tag.owner = Owner::Server;
-                return Some((cqe.user_data as u16, descriptor));
+                let tag = cqe.user_data as u16;
+                // SAFETY: it has a slot, and there are as many descriptors (asserted in `new`). The driver writes a tag's only
+                // while it owns the tag.
+                return Some((tag, unsafe { self.descriptors.request(tag) }));
             }
             self.other(cqe.user_data, cqe.result);
         }

@@ -37,8 +37,11 @@ fn serve(path: &str, id: Option<u32>) -> Result<(), Box<dyn std::error::Error>> 
     };
     println!("{}", device.path().display());
     let ended = device.wait_for_signal();
-    // Whatever ended it: the device is for the next server.
-    println!("{}", device.detach()?);
+    // Whatever ended it: the device is for the next server, unless somebody has stopped it.
+    match device.detach() {
+        Ok(left) => println!("{left}"),
+        Err(_) => println!("{}", device.close()?),
+    }
     ended?;
     Ok(())
 }

@@ -177,8 +177,8 @@ impl Started {
                 None => {}
                 // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`, or a supervisor's QUIESCE.
                 Some(error) if error.kind() == ErrorKind::State => {
-                    let stopped = self.device.controller().get_dev_info(self.device.id());
-                    let quiescent = stopped.is_ok_and(|info| info.state() != State::Dead);
+                    let info = self.device.controller().get_dev_info(self.device.id());
+                    let quiescent = info.is_ok_and(|info| info.state() != State::Dead);
                     return (if quiescent { "for another server now" } else { "somebody else stopped it" }, None);
                 }
                 error => return ("it failed", error),

@@ -324,10 +324,8 @@ fn a_recovery_that_fails_leaves_the_device_recoverable() {
                 }
                 Ok(|request: Request<'_>| request.complete())
             };
-            let error = Device::builder_with_handlers(geometry, open)
-                .start_deadline(Duration::from_secs(10))
-                .recover(id)
-                .expect_err("it fails");
+            // Within the default deadline: a panic's backtrace takes seconds in an emulated guest on a busy host.
+            let error = Device::builder_with_handlers(geometry, open).recover(id).expect_err("it fails");
             assert!(error.to_string().contains("still there to be recovered"), "{error}");
             await_state(id, mode, std::process::id() as i32);
             error

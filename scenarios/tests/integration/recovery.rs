@@ -38,6 +38,7 @@ cases!("recovery":
     what_another_server_of_this_process_has_is_left_alone,
     what_was_made_quiescent_from_outside_is_left_alone,
     what_has_failed_here_is_closed_here,
+    what_has_failed_here_can_be_left_and_recovered,
     a_queue_that_hangs_lets_go_when_its_call_returns,
     what_cannot_be_recovered_is_refused_with_a_reason,
     closing_writes_dirty_pages_back_in_every_mode,
@@ -580,42 +581,58 @@ impl Drop for Bomb {
     }
 }
 
-fn what_has_failed_here_is_closed_here() {
-    for detach in [false, true] {
-        let device = Device::builder_with_handlers(Geometry::bytes(SIZE), |_| {
-            Ok(|mut request: Request<'_>| {
-                if request.operation() == Operation::Write {
-                    std::panic::panic_any(Bomb);
-                }
-                request.buffer().fill(0);
-                request.complete();
-            })
+/// A device whose queues have failed in this process, with a page that nobody is there to write back.
+fn failed() -> (Device, File) {
+    let device = Device::builder_with_handlers(Geometry::bytes(SIZE), |_| {
+        Ok(|mut request: Request<'_>| {
+            if request.operation() == Operation::Write {
+                std::panic::panic_any(Bomb);
+            }
+            request.buffer().fill(0);
+            request.complete();
         })
-        .queues(2)
-        .recovery(Recovery::Wait)
-        .start()
-        .expect("start");
+    })
+    .queues(2)
+    .recovery(Recovery::Wait)
+    .start()
+    .expect("start");
+    let dirty = client::open(&device, 0);
+    client::write(&dirty, 3, MIB, 4096).expect("write");
+    let pending = Pending::write(device.id(), 1, 0);
+    let error = device.wait_error(LONG).expect("a queue has failed");
+    assert_eq!(error.kind(), ErrorKind::Queue, "{error}");
+    assert_eq!(pending.result(), Err(libc::EIO));
+    (device, dirty)
+}
+
+fn what_has_failed_here_is_closed_here() {
+    let (device, dirty) = failed();
+    let _guard = Guard(device.id());
+    // It does not wait for the page.
+    bounded("closing", LONG, || device.close()).expect("close");
+    drop(dirty);
+    eventually("it is gone", || !ids().contains(&device.id()));
+}
+
+fn what_has_failed_here_can_be_left_and_recovered() {
+    for detach in [true, false] {
+        let (device, dirty) = failed();
         let id = device.id();
         let _guard = Guard(id);
-        // Pages that nobody is there to write back: closing does not wait for that.
-        let dirty = client::open(&device, 0);
-        client::write(&dirty, 3, MIB, 4096).expect("write");
-        let pending = Pending::write(id, 1, 0);
-        let error = device.wait_error(LONG).expect("a queue has failed");
-        assert_eq!(error.kind(), ErrorKind::Queue, "{error}");
-        assert_eq!(pending.result(), Err(libc::EIO));
         if detach {
             bounded("detaching", LONG, || device.detach()).expect("detach");
             await_state(id, Recovery::Wait, std::process::id() as i32);
-            drop(device);
-            let next = builder(&Disk::new(Geometry::bytes(SIZE))).recover(id).expect("recover");
-            drop(dirty);
-            client::close(&next);
-        } else {
-            bounded("closing", LONG, || device.close()).expect("close");
-            drop(dirty);
-            eventually("it is gone", || !ids().contains(&id));
         }
+        let next = builder(&Disk::new(Geometry::bytes(SIZE))).recover(id).expect("recover");
+        if !detach {
+            let error = bounded("closing", LONG, || device.close()).expect_err("the next one has it");
+            assert_eq!(error.kind(), ErrorKind::State, "{error}");
+        }
+        drop(device);
+        assert_live(id, std::process::id() as i32);
+        assert_same(&client::read(&open(id), MIB, 4096).expect("read"), &client::pattern(3, MIB, 4096), "kept");
+        drop(dirty);
+        client::close(&next);
     }
 }
 

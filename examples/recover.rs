@@ -1,7 +1,8 @@
 //! Serves a file so that the device outlives this program: `cargo run --release --example recover -- FILE`.
 //!
 //! End it however you like, with Ctrl-C or `kill -9`: the device stays, mounted or not, and its I/O waits. Started again with
-//! the device's id, it goes on: `cargo run --release --example recover -- FILE ID`. `ublkit delete ID` ends the device.
+//! the device's id, it goes on: `cargo run --release --example recover -- FILE ID`. `ublkit delete ID` ends the device; while
+//! it is served, so that what applications have written is written back.
 
 use std::process::ExitCode;
 
@@ -35,7 +36,12 @@ fn serve(path: &str, id: Option<u32>) -> Result<(), Box<dyn std::error::Error>> 
         None => builder.recovery(Recovery::Reissue).start()?,
     };
     println!("{}", device.path().display());
-    device.wait_for_signal()?;
-    println!("{}", device.detach()?);
+    let ended = device.wait_for_signal();
+    // Whatever ended it: the device is for the next server, unless somebody has stopped it.
+    match device.detach() {
+        Ok(left) => println!("{left}"),
+        Err(_) => println!("{}", device.close()?),
+    }
+    ended?;
     Ok(())
 }

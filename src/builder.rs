@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -301,10 +302,12 @@ impl<S> DeviceBuilder<S> {
         self
     }
 
-    /// Calls `sink` for every [`Event`], on the thread where it happened; it must not block for long.
+    /// Calls `sink` for every [`Event`], on the thread where it happened; it must not block for long. One that panics does so
+    /// for itself: the device goes on.
     #[must_use]
     pub fn on_event(mut self, sink: impl Fn(&Event) + Send + Sync + 'static) -> Self {
-        self.options.events = Arc::new(sink);
+        // It is called in the middle of starting, closing and serving, by threads that others wait for.
+        self.options.events = Arc::new(move |event| drop(catch_unwind(AssertUnwindSafe(|| sink(event)))));
         self
     }
 }
@@ -394,7 +397,7 @@ impl<S: Serve> DeviceBuilder<S> {
         let controller = Arc::new(Controller::open()?);
         let deadline = Instant::now() + options.deadlines.start;
         let info = recovery::await_unserved(&controller, id, deadline)?;
-        options.data_mode = recovery::data_mode(&info)?;
+        options.data_mode = recovery::data_mode(id, info.features())?;
         recovery::compare(&info, &controller.get_params(id)?, &geometry)?;
         recovery::begin(&controller, id, deadline)?;
         (options.events)(&Event::Phase(Phase::Added));

@@ -14,6 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::recovery::Recovery;
 use crate::ring::command::{CommandRing, Outcome};
 use crate::sys::ublk::{self, CtrlCmd, DevInfo, Features, Params, Plain};
+use crate::writeback;
 
 /// How long a command that has nothing to wait for may take.
 pub const COMMAND_DEADLINE: Duration = Duration::from_secs(10);
@@ -106,6 +107,21 @@ impl DeviceInfo {
         Recovery::of(self.features())
     }
 
+    /// Writes back what file systems and the page cache hold for a device that a [stop](Controller::stop) would lose: one that
+    /// is served and whose I/O waits when it is not ([`Recovery::Wait`] and [`Recovery::Reissue`]). Of any other device it does
+    /// nothing: the kernel does it itself, or there is nobody to write to.
+    ///
+    /// # Errors
+    /// [`ErrorKind::TimedOut`] when its server has not finished that within `deadline`; a thread is left that waits for it, and
+    /// with it the end of this process. Or what the file system says.
+    pub fn write_back(&self, deadline: Duration) -> Result<()> {
+        if self.state() == State::Live && self.recovery().waits() {
+            writeback::write_back(self.id(), Instant::now() + deadline)
+        } else {
+            Ok(())
+        }
+    }
+
     /// Path of the block device.
     #[must_use]
     pub fn block_path(&self) -> PathBuf {
@@ -191,22 +207,8 @@ pub struct CommandCost {
 const COMMANDS: usize = 32;
 
 fn command_name(number: u32) -> &'static str {
-    let names = [
-        (ublk::CMD_GET_QUEUE_AFFINITY, "GET_QUEUE_AFFINITY"),
-        (ublk::CMD_GET_DEV_INFO, "GET_DEV_INFO"),
-        (ublk::CMD_ADD_DEV, "ADD_DEV"),
-        (ublk::CMD_DEL_DEV, "DEL_DEV"),
-        (ublk::CMD_START_DEV, "START_DEV"),
-        (ublk::CMD_STOP_DEV, "STOP_DEV"),
-        (ublk::CMD_SET_PARAMS, "SET_PARAMS"),
-        (ublk::CMD_GET_PARAMS, "GET_PARAMS"),
-        (ublk::CMD_START_USER_RECOVERY, "START_USER_RECOVERY"),
-        (ublk::CMD_END_USER_RECOVERY, "END_USER_RECOVERY"),
-        (ublk::CMD_GET_DEV_INFO2, "GET_DEV_INFO2"),
-        (ublk::CMD_GET_FEATURES, "GET_FEATURES"),
-        (ublk::CMD_DEL_DEV_ASYNC, "DEL_DEV_ASYNC"),
-    ];
-    names.iter().find(|(command, _)| ublk::legacy(*command) == number).map_or("other", |(_, name)| name)
+    let found = ublk::CONTROL_COMMANDS.iter().find(|(command, _)| ublk::legacy(*command) == number);
+    found.map_or("other", |(_, name)| name.strip_prefix("CMD_").unwrap_or(name))
 }
 
 /// What one command has cost so far.
@@ -329,6 +331,10 @@ impl Controller {
 
     /// Stops a device (`UBLK_U_CMD_STOP_DEV`): the kernel writes back dirty pages through the server, waits for I/O in
     /// flight, and removes the block device. Must not be called from a thread that serves one of its queues.
+    ///
+    /// With [`Recovery::Wait`] and [`Recovery::Reissue`] the kernel fails the dirty pages instead: what file systems and
+    /// applications have written and not synced is lost, unless [`DeviceInfo::write_back`] is called before. The same goes for
+    /// deleting a device that was not stopped.
     ///
     /// # Errors
     /// [`ErrorKind::TimedOut`], [`ErrorKind::NotFound`], or what the kernel says.
@@ -588,4 +594,20 @@ pub(crate) fn explain_ring(error: &io::Error) -> Error {
     };
     let message = format!("{plain}: {hint}");
     plain.with_message(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_command_is_counted_under_its_name() {
+        for (command, name) in ublk::CONTROL_COMMANDS {
+            let number = ublk::legacy(*command);
+            assert!((number as usize) < COMMANDS, "{name}");
+            assert_eq!(format!("CMD_{}", command_name(number)), *name);
+        }
+        assert_eq!(command_name(ublk::legacy(ublk::CMD_QUIESCE_DEV)), "QUIESCE_DEV");
+        assert_eq!(command_name(0), "other");
+    }
 }

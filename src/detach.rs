@@ -6,7 +6,7 @@ use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use crate::ctrl::{State, block_path};
-use crate::device::{Closure, Device, JOIN_DEADLINE};
+use crate::device::{Closure, Device, JOIN_DEADLINE, Serving};
 use crate::error::{Error, ErrorKind, Result};
 use crate::orphan;
 use crate::recovery::Recovery;
@@ -24,7 +24,7 @@ const SLICE: Duration = Duration::from_millis(5);
 pub struct DetachedDevice {
     /// The device's id, for [`recover`](crate::DeviceBuilder::recover).
     pub id: u32,
-    /// Its state: [`State::Quiesced`] or [`State::FailIo`].
+    /// Its state: [`State::Quiesced`] or [`State::FailIo`]; or [`State::Live`] if another server has it already.
     pub state: State,
 }
 
@@ -38,7 +38,10 @@ impl DetachedDevice {
 
 impl fmt::Display for DetachedDevice {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "device {} is detached ({}): recover it, or delete it by its id", self.id, self.state)
+        match self.state {
+            State::Live => write!(f, "device {} is detached, and another server has it", self.id),
+            state => write!(f, "device {} is detached ({state}): recover it, or delete it by its id", self.id),
+        }
     }
 }
 
@@ -63,7 +66,7 @@ impl Device {
     /// [`ErrorKind::State`] without a recovery mode, from a thread that serves this device, and for a device that was closed
     /// or deleted; nothing has happened then. [`ErrorKind::TimedOut`] when a backend call does not return: if it is a
     /// worker's the device is detached all the same, if it is a queue's own thread the device stays with this process until
-    /// the call returns. Detaching again finishes what is left; so does the end of the process.
+    /// the call returns, and is let go then. Detaching again tells how that went; so does the end of the process.
     pub fn detach(&self) -> Result<DetachedDevice> {
         self.refuse_own_threads("detach")?;
         if self.info.recovery() == Recovery::None {
@@ -105,28 +108,19 @@ impl Device {
 
     fn detach_once(&self) -> Result<DetachedDevice> {
         let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
-        self.health.closing();
         let now = orphan::identity(&self.controller, self.id());
         if self.identity.is_some() && now != self.identity {
+            self.health.closing();
             serving.abandon();
             serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
             let message = format!("detach device {}: somebody else deleted it", self.id());
             return Err(Error::new(ErrorKind::State, message));
         }
+        // Let go before, or made quiescent from outside, it may be another server's as soon as the threads here have ended.
+        let ours = !self.health.give_up();
         let until = Instant::now() + self.deadlines.stop;
-        // A queue that is inside the backend for good cannot let go, and QUIESCE would wait for it with the driver's mutex.
-        serving.await_answers(until)?;
-        self.tell(Phase::Stopping);
-        let quiesce = self.info.features().contains(Features::QUIESCE);
-        // QUIESCE takes idle tags away without a look at whether they are just being committed, and the kernel dies of one that
-        // is (see docs/landmines.md). So the queues complete what they have, and keep still while it runs.
-        if serving.park(until) && quiesce {
-            // It need not succeed: even when no tag is idle, the kernel holds new requests back from here on. What it had on its
-            // way is served then.
-            let _ = self.controller.quiesce(self.id(), QUIESCE_LIMIT);
-            serving.finish();
-        } else {
-            serving.abandon();
+        if !self.health.have_ended() {
+            self.let_go(&serving, ours, until)?;
         }
         let joined = serving.join(&self.health, until.max(Instant::now() + JOIN_DEADLINE));
         if !serving.queues_ended() {
@@ -139,11 +133,33 @@ impl Device {
         joined.map(|()| DetachedDevice { id: self.id(), state })
     }
 
+    /// Has the queues complete what they have and end. Only a device that is still `ours` may be made quiescent.
+    fn let_go(&self, serving: &Serving, ours: bool, until: Instant) -> Result<()> {
+        // A queue that is inside the backend for good cannot let go, and QUIESCE would wait for it with the driver's mutex. All
+        // of them end as soon as they can: nobody would be there to end them later.
+        serving.await_answers(until).inspect_err(|_| serving.abandon())?;
+        self.tell(Phase::Stopping);
+        let quiesce = self.info.features().contains(Features::QUIESCE);
+        // QUIESCE takes idle tags away without a look at whether they are just being committed, and the kernel dies of one that
+        // is (see docs/landmines.md). So the queues complete what they have, and keep still while it runs.
+        if serving.park(until) && quiesce && ours && self.all_serve() {
+            // It need not succeed: even when no tag is idle, the kernel holds new requests back from here on. What it had on its
+            // way is served then.
+            let _ = self.controller.quiesce(self.id(), QUIESCE_LIMIT);
+            serving.finish();
+        } else {
+            serving.abandon();
+        }
+        Ok(())
+    }
+
     /// The kernel takes a device back when the last of its server's rings is gone, which is some time after its threads.
     fn await_taken_back(&self, deadline: Instant) -> Result<State> {
         loop {
-            match self.controller.get_dev_info(self.id())?.state() {
+            let info = self.controller.get_dev_info(self.id())?;
+            match info.state() {
                 state @ (State::Quiesced | State::FailIo) => return Ok(state),
+                State::Live if self.is_anothers(&info) => return Ok(State::Live),
                 State::Dead => {
                     let message = format!("detach device {}: somebody else stopped it", self.id());
                     return Err(Error::new(ErrorKind::State, message));

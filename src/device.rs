@@ -1,6 +1,5 @@
-//! A device's life: built, started all or nothing, closed in bounded time.
+//! A device that is served: its threads, its health, what it tells.
 
-use std::fmt;
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{JoinHandle, ThreadId};
@@ -8,18 +7,18 @@ use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, Geometry};
 use crate::builder::DeviceBuilder;
+use crate::close::Closed;
 use crate::ctrl::{Controller, DeviceInfo};
 use crate::detach::DetachedDevice;
 use crate::error::{Error, ErrorKind, Result};
-use crate::holders::{self, Holder};
 use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
 use crate::queue::Handler;
 use crate::ring::tags::{self, Tags};
 use crate::signals::Signals;
 use crate::stats::{Event, Phase, QueueShared, QueueStats};
+use crate::turn::Turn;
 use crate::workers::Workers;
-use crate::writeback;
 
 /// How long queue threads may take to end once they can.
 pub(crate) const JOIN_DEADLINE: Duration = Duration::from_secs(5);
@@ -47,6 +46,9 @@ struct HealthState {
     serving: usize,
     /// This process is ending the device.
     closing: bool,
+    /// This process lets the device go for another server, or the driver has taken the tags back without having been asked
+    /// to by this process.
+    given_up: bool,
 }
 
 impl Health {
@@ -76,12 +78,29 @@ impl Health {
         self.lock().closing = true;
     }
 
+    /// As [`closing`](Self::closing), and the device is to be another server's. Returns whether that was so before.
+    pub(crate) fn give_up(&self) -> bool {
+        let mut state = self.lock();
+        state.closing = true;
+        std::mem::replace(&mut state.given_up, true)
+    }
+
+    pub(crate) fn has_given_up(&self) -> bool {
+        self.lock().given_up
+    }
+
+    /// Whether every queue's thread has ended, joined or not.
+    pub(crate) fn have_ended(&self) -> bool {
+        self.lock().serving == 0
+    }
+
     /// A queue has ended well. If nobody here wanted that, `error` is the device's first one; returns whether it is.
     pub(crate) fn ended_by_somebody_else(&self, error: &Error) -> bool {
         let mut state = self.lock();
         let unwanted = !state.closing && state.first_error.is_none();
         if unwanted {
             state.first_error = Some(error.clone());
+            state.given_up = true;
             self.changed.notify_all();
         }
         unwanted
@@ -118,48 +137,6 @@ impl Default for Deadlines {
     }
 }
 
-/// How the id of a closed device was given back.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Deletion {
-    /// The device is gone and its id is free.
-    Complete,
-    /// The block device is gone, but somebody still holds it open: the id becomes free when they let go.
-    Deferred {
-        /// Who they are, as far as `/proc` shows.
-        holders: Vec<Holder>,
-    },
-}
-
-/// How a device was closed.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Closed {
-    /// Whether the id is free.
-    pub deletion: Deletion,
-}
-
-impl fmt::Display for Closed {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.deletion {
-            Deletion::Complete => f.write_str("closed"),
-            Deletion::Deferred { holders } if holders.is_empty() => {
-                f.write_str("stopped; its id becomes free when whoever holds it open lets go")
-            }
-            Deletion::Deferred { holders } => {
-                f.write_str("stopped; its id becomes free when these let go: ")?;
-                for (index, holder) in holders.iter().enumerate() {
-                    if index > 0 {
-                        f.write_str(", ")?;
-                    }
-                    write!(f, "{holder}")?;
-                }
-                Ok(())
-            }
-        }
-    }
-}
-
 /// How a device's life has ended, if it has.
 #[derive(Debug)]
 pub(crate) enum Closure {
@@ -189,6 +166,8 @@ pub struct Device {
     pub(crate) identity: Option<Identity>,
     pub(crate) phase: Mutex<Closure>,
     pub(crate) phase_changed: Condvar,
+    /// Tells whether the device has another server in this process by now. `None` if it was never served.
+    turn: Option<Turn>,
 }
 
 /// The threads of a device.
@@ -240,7 +219,7 @@ impl Serving {
     }
 
     /// As [`join`](Self::join), of the queues alone: they are what the driver waits for.
-    fn join_queues(&mut self, health: &Health, deadline: Instant) -> Result<()> {
+    pub(crate) fn join_queues(&mut self, health: &Health, deadline: Instant) -> Result<()> {
         if !health.wait_ended(deadline.saturating_duration_since(Instant::now())) {
             self.abandon();
             // One more chance for those that were only waiting: they look at the flag when they wake.
@@ -251,7 +230,7 @@ impl Serving {
             let Some(thread) = queue.thread.take() else { continue };
             let patience = Instant::now() + Duration::from_millis(500);
             // Its last act is to say that it ended; what is left after that takes microseconds.
-            while !thread.is_finished() && health.wait_ended(Duration::ZERO) && Instant::now() < patience {
+            while !thread.is_finished() && health.have_ended() && Instant::now() < patience {
                 std::thread::sleep(Duration::from_micros(50));
             }
             if thread.is_finished() {
@@ -281,8 +260,8 @@ impl Serving {
     }
 
     /// Whether no thread is inside the backend any more, joined or not.
-    fn is_idle(&self, health: &Health) -> bool {
-        health.wait_ended(Duration::ZERO) && self.workers.as_ref().is_none_or(Workers::have_ended)
+    pub(crate) fn is_idle(&self, health: &Health) -> bool {
+        health.have_ended() && self.workers.as_ref().is_none_or(Workers::have_ended)
     }
 
     /// Whether every queue's thread was joined, so that the driver has its character device back.
@@ -318,6 +297,7 @@ impl Device {
         health: Arc<Health>,
         deadlines: Deadlines,
         serving: Serving,
+        turn: Option<Turn>,
     ) -> Self {
         Self {
             identity: orphan::identity(&controller, info.id()),
@@ -331,6 +311,7 @@ impl Device {
             serving: Mutex::new(serving),
             phase: Mutex::new(Closure::Open),
             phase_changed: Condvar::new(),
+            turn,
         }
     }
 
@@ -371,7 +352,8 @@ impl Device {
     }
 
     /// The first error that a queue could not serve past, if there was one; of the kind [`ErrorKind::State`] if somebody
-    /// else stopped the device. It then fails all I/O.
+    /// else stopped the device, or has it let go for another server (QUIESCE). A queue that is not served any longer takes
+    /// the others with it: all I/O fails then, or, as the device's [recovery mode](crate::Recovery) says, waits.
     #[must_use]
     pub fn first_error(&self) -> Option<Error> {
         self.health.first_error()
@@ -397,51 +379,6 @@ impl Device {
                 return Err(error);
             }
         }
-    }
-
-    /// Closes the device: the kernel writes dirty pages back through the server, which is still there, waits for I/O in
-    /// flight, and removes the block device; then the threads end and the id is given back.
-    ///
-    /// It may be called several times and from several threads; each call returns how the one closing went. It is bounded
-    /// by the deadlines of the [builder](DeviceBuilder::stop_deadline). When somebody else holds the block device open, the
-    /// device is stopped all the same, and deleted when they let go: [`Deletion::Deferred`] says who they are.
-    ///
-    /// # Errors
-    /// [`ErrorKind::TimedOut`] when a backend call does not return; a thread is left inside it. If it is a worker, all I/O
-    /// of the device fails and the device is gone. If it is a queue's own thread, the kernel keeps that queue's I/O waiting
-    /// until the call returns or the process ends. Closing again, then, finishes what is left; so does dropping the
-    /// device. [`ErrorKind::State`] when called from a thread that serves this device.
-    pub fn close(&self) -> Result<Closed> {
-        self.close_within(self.deadlines)
-    }
-
-    fn close_within(&self, deadlines: Deadlines) -> Result<Closed> {
-        self.refuse_own_threads("close")?;
-        {
-            let mut phase = self.phase();
-            let mut waited = false;
-            loop {
-                match &*phase {
-                    Closure::Open | Closure::Detached(Err(_)) => break,
-                    // What did not end in time may end now.
-                    Closure::Closed(Err(error)) if error.kind() == ErrorKind::TimedOut && !waited => break,
-                    Closure::Closed(result) => return result.clone(),
-                    Closure::Detached(Ok(detached)) => {
-                        let message = format!("close the device: {detached}");
-                        return Err(Error::new(ErrorKind::State, message));
-                    }
-                    Closure::Closing => {
-                        phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
-                        waited = true;
-                    }
-                }
-            }
-            *phase = Closure::Closing;
-        }
-        let result = self.close_once(deadlines);
-        *self.phase() = Closure::Closed(result.clone());
-        self.phase_changed.notify_all();
-        result
     }
 
     /// Ends what a failed start or recovery began. The builder deletes a new device afterwards.
@@ -470,109 +407,26 @@ impl Device {
         self.phase.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn close_once(&self, deadlines: Deadlines) -> Result<Closed> {
-        let mut serving = self.serving.lock().unwrap_or_else(PoisonError::into_inner);
-        self.health.closing();
-        // Somebody else deleted this device, and its id is another's by now: that one is not ours to stop.
-        let now = orphan::identity(&self.controller, self.id());
-        if self.identity.is_some() && now.is_some() && now != self.identity {
-            serving.abandon();
-            serving.join(&self.health, Instant::now() + JOIN_DEADLINE)?;
-            return Ok(Closed { deletion: Deletion::Complete });
-        }
-        // No STOP while a queue's thread is inside the backend and does not come back: it would wait in the kernel for that
-        // thread's request, beyond any signal, and this process, which holds the character device that would have to be
-        // let go for the request to fail, would wait for the STOP: not even SIGKILL could end it.
-        let until = Instant::now() + deadlines.stop;
-        let stopped = serving
-            .await_answers(until)
-            .map(|()| self.tell(Phase::Stopping))
-            .inspect(|()| self.write_back(until))
-            .and_then(|()| self.controller.stop(self.id(), until.saturating_duration_since(Instant::now())));
-        match stopped {
-            Ok(()) => self.tell(Phase::Stopped),
-            // Somebody else deleted it: only our side is left to end.
-            Err(error) if error.kind() == ErrorKind::NotFound => serving.abandon(),
-            Err(error) => {
-                // Requests that the backend does not finish. Giving up the character device makes the kernel fail them,
-                // and then the stop succeeds.
-                self.health.fail(error);
-                serving.abandon();
-                // A queue that is inside the backend cannot give it up: another STOP, or a DEL, would only wait in the
-                // kernel for the first one, and with DEL every other device of the machine for that.
-                serving.join_queues(&self.health, Instant::now() + JOIN_DEADLINE)?;
-                self.controller.stop(self.id(), JOIN_DEADLINE)?;
-            }
-        }
-        let joined = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
-        if !serving.queues_ended() {
-            return joined.and(Err(still_inside("a queue")));
-        }
-        drop(serving);
-        self.tell(Phase::Joined);
-        // A worker that is stuck holds nothing of the device's.
-        let deleted = self.delete(deadlines.delete);
-        if deleted.is_ok() {
-            self.tell(Phase::Deleted);
-        }
-        joined.and(deleted)
+    /// Whether somebody else serves the device, as far as can be told, or was the last to do so. Only for a device whose
+    /// threads here have ended.
+    pub(crate) fn is_anothers(&self, info: &DeviceInfo) -> bool {
+        // Since Linux 6.18, -1 says that there is no server.
+        let pid = info.server_pid();
+        self.turn.as_ref().is_some_and(Turn::is_over) || pid != -1 && pid != std::process::id() as i32
     }
 
-    /// STOP writes dirty pages back, but not those of a device whose I/O waits for a server: it fails that I/O first, with the
-    /// server still there or not.
-    fn write_back(&self, until: Instant) {
-        if self.info.recovery().waits()
-            && let Err(error) = writeback::write_back(&self.info, until)
-        {
-            self.tell_event(&Event::Degraded { what: error.to_string() });
-        }
+    /// Whether every queue has its thread.
+    pub(crate) fn all_serve(&self) -> bool {
+        self.health.lock().serving == self.stats.len()
     }
 
     pub(crate) fn tell(&self, phase: Phase) {
         self.tell_event(&Event::Phase(phase));
     }
 
-    fn tell_event(&self, event: &Event) {
+    pub(crate) fn tell_event(&self, event: &Event) {
         if let Some(queue) = self.stats.first() {
             queue.tell(event);
         }
-    }
-
-    fn delete(&self, deadline: Duration) -> Result<Closed> {
-        match self.controller.delete(self.id(), deadline) {
-            Ok(()) => Ok(Closed { deletion: Deletion::Complete }),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Closed { deletion: Deletion::Complete }),
-            Err(error) if error.kind() == ErrorKind::TimedOut => {
-                let holders = holders::of_device(&self.info);
-                match self.controller.delete_async(self.id()) {
-                    Ok(()) => Ok(Closed { deletion: Deletion::Deferred { holders } }),
-                    Err(error) if error.kind() == ErrorKind::NotFound => Ok(Closed { deletion: Deletion::Complete }),
-                    Err(error) => Err(error),
-                }
-            }
-            Err(error) => Err(error),
-        }
-    }
-}
-
-impl Drop for Device {
-    fn drop(&mut self) {
-        let failed = match &*self.phase() {
-            // It is somebody else's now, or to be: it is not for this one to delete.
-            Closure::Detached(_) => return,
-            phase => matches!(phase, Closure::Closed(Err(_))),
-        };
-        if failed && !self.serving.lock().unwrap_or_else(PoisonError::into_inner).is_idle(&self.health) {
-            // Closing was tried, and what it waited for in vain has not ended since.
-            return;
-        }
-        let short = Duration::from_secs(5);
-        let deadlines = Deadlines {
-            stop: self.deadlines.stop.min(short),
-            delete: self.deadlines.delete.min(Duration::from_millis(500)),
-            ..self.deadlines
-        };
-        // There is nobody to tell; `close` is there for those who want to know.
-        let _ = self.close_within(deadlines);
     }
 }

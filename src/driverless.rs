@@ -11,9 +11,9 @@ use std::sync::Arc;
 use crate::backend::{Backend, SECTOR_SIZE};
 use crate::error::{Error, Result};
 use crate::queue::{Handler, Queue};
+use crate::ring::descriptors::Descriptors;
 use crate::ring::tags::{Copying, Shared, Tags};
 use crate::stats::{QueueShared, QueueStats};
-use crate::sys::map::{Map, page_size};
 use crate::sys::ublk::{self, IoDesc};
 use crate::workers::BackendHandler;
 
@@ -25,10 +25,10 @@ pub fn serve(depth: u16, write: bool, bytes: u32, requests: u64, handler: impl H
     let null = OpenOptions::new().read(true).write(true).open("/dev/null");
     let null = Arc::new(null.map_err(|error| Error::io(&error, "open /dev/null"))?);
     let io = |error: std::io::Error| Error::io(&error, "set up a queue without a driver");
-    let mut descriptors = Map::anonymous(ublk::queue_map_len(depth, page_size())).map_err(io)?;
     let op_flags = if write { ublk::IO_OP_WRITE } else { ublk::IO_OP_READ };
     let nr_sectors = bytes / SECTOR_SIZE as u32;
-    Tags::pretend(&mut descriptors, depth, IoDesc { op_flags, nr_sectors, start_sector: 0, addr: 0 });
+    let descriptor = IoDesc { op_flags, nr_sectors, start_sector: 0, addr: 0 };
+    let descriptors = Descriptors::pretended(depth, descriptor).map_err(io)?;
     let buffers = Arc::new(Shared::new(depth, bytes.max(1) as usize).map_err(io)?);
     let tags = Tags::new(0, depth, Copying::Driver, null, descriptors, buffers).map_err(io)?;
     let shared = Arc::new(QueueShared::new(0, Arc::new(|_| {})));

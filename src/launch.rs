@@ -12,22 +12,22 @@ use nix::unistd::Pid;
 
 use crate::backend::Geometry;
 use crate::builder::{DataMode, Options, PoolHandle, QueueInfo, Serve};
-use crate::ctrl::{Controller, DeviceInfo};
+use crate::ctrl::{Controller, DeviceInfo, character_path};
 use crate::device::{Device, Health, QueueHandle, Serving};
 use crate::error::{Error, ErrorKind, Result};
 use crate::params;
 use crate::queue::{Queue, setup_error};
+use crate::recovery::Patience;
+use crate::ring::descriptors::Descriptors;
 use crate::ring::tags::{self, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
-use crate::sys::map::{Map, page_size};
 use crate::sys::process::set_io_flusher;
-use crate::sys::ublk::{self, Features};
+use crate::sys::ublk::Features;
+use crate::turn::Turn;
 use crate::workers::{Pool, Workers};
 
-/// How long the device nodes may take to appear.
+/// How long the device nodes may take to appear, if the start may take that long.
 const NODE_DEADLINE: Duration = Duration::from_secs(10);
-/// How long a dying server may hold on to the character device.
-const RELEASE_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How a device comes to be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -76,7 +76,7 @@ pub(crate) fn launch<S: Serve>(
     if beginning == Beginning::Start {
         controller.set_params(info.id(), &params::params(&geometry, info.max_io_bytes()))?;
     }
-    let character_device = Arc::new(open_character_device(&info, beginning)?);
+    let character_device = Arc::new(open_character_device(info.id(), beginning, deadline)?);
     (options.events)(&Event::Phase(Phase::Configured));
     let health = Arc::new(Health::default());
     let source = Arc::new(source);
@@ -120,18 +120,19 @@ pub(crate) fn launch<S: Serve>(
         // A queue that failed is why the start was called off.
         done.map_err(|error| health.first_error().unwrap_or(error))
     });
-    let device = Device::new(Arc::clone(controller), info, geometry, health, options.deadlines, serving);
+    let turn = started.is_ok().then(|| Turn::take(info.id()));
+    let device = Device::new(Arc::clone(controller), info, geometry, health, options.deadlines, serving, turn);
     if let Err(error) = started {
         device.undo_start(&fetching);
         return Err(error);
     }
     (options.events)(&Event::Phase(Phase::Started));
-    if wait_for_node(&device.path()) {
+    if wait_for_node(&device.path(), deadline) {
         (options.events)(&Event::Phase(Phase::Visible));
     } else {
         (options.events)(&Event::Degraded {
             what: format!(
-                "{} did not appear within {NODE_DEADLINE:?}: the device is served, but its node is not in this /dev",
+                "{} did not appear in time: the device is served, but its node is not in this /dev",
                 device.path().display()
             ),
         });
@@ -250,18 +251,21 @@ impl<S: Serve> QueueSetup<S> {
             Err(Error::new(ErrorKind::Queue, format!("serve queue {queue}: its thread panicked")))
         });
         if served.is_ok() {
-            let error = Error::new(ErrorKind::State, "serve the device any longer: somebody else stopped it");
+            let error = Error::new(
+                ErrorKind::State,
+                "serve the device any longer: somebody else stopped it, or made it quiescent",
+            );
             if health.ended_by_somebody_else(&error) {
                 shared.tell(&Event::QueueFailed { queue, error });
             }
         }
         if let Err(error) = served {
             // One queue less is a device that hangs: all of them end, and the kernel fails what was in flight.
-            shared.tell(&Event::QueueFailed { queue, error: error.clone() });
             health.fail(error.clone());
             for other in &*everyone {
                 other.abandon();
             }
+            shared.tell(&Event::QueueFailed { queue, error: error.clone() });
             // Nobody listens any more if the start is over.
             let _ = ready.send(Err(error));
         }
@@ -286,14 +290,9 @@ impl<S: Serve> QueueSetup<S> {
             .source
             .open(&self.info, self.pool.clone().map(PoolHandle))
             .map_err(|error| setup_error(queue, "open the handler", &error))?;
-        let page = page_size();
         let depth = self.info.device.depth();
-        let descriptors = Map::shared_read_only(
-            &*self.character_device,
-            ublk::queue_map_offset(queue, page),
-            ublk::queue_map_len(depth, page),
-        )
-        .map_err(|error| setup_error(queue, "map the descriptors", &error))?;
+        let descriptors = Descriptors::map(&self.character_device, queue, depth)
+            .map_err(|error| setup_error(queue, "map the descriptors", &error))?;
         let copying = match self.options.data_mode {
             DataMode::Copy => Copying::Driver,
             DataMode::UserCopy => Copying::User,
@@ -348,23 +347,25 @@ impl<S: Serve> QueueSetup<S> {
 
 /// Opens a device's character node, which udev or devtmpfs may still be making, or which a server that died may still be
 /// letting go.
-fn open_character_device(info: &DeviceInfo, beginning: Beginning) -> Result<File> {
-    let path = info.character_path();
-    let deadline = Instant::now() + NODE_DEADLINE;
-    let last_holder_goes = Instant::now() + RELEASE_PATIENCE;
+fn open_character_device(id: u32, beginning: Beginning, deadline: Instant) -> Result<File> {
+    let path = character_path(id);
+    let begun = Instant::now();
+    let node_deadline = deadline.min(begun + NODE_DEADLINE);
+    let mut patience = Patience::new(id, deadline);
     loop {
         match OpenOptions::new().read(true).write(true).open(&path) {
             Ok(file) => return Ok(file),
-            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < deadline => {}
-            Err(error)
-                if error.kind() == io::ErrorKind::ResourceBusy
-                    && beginning == Beginning::Recovery
-                    && Instant::now() < last_holder_goes => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound && Instant::now() < node_deadline => {}
+            // Before 6.16 this is where it shows that somebody else recovers the device.
+            Err(error) if error.kind() == io::ErrorKind::ResourceBusy && beginning == Beginning::Recovery => {
+                patience.wait("not free yet")?;
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 return Err(Error::io(&error, format_args!("open {}", path.display())).with_message(format!(
-                    "open {}: the node did not appear within {NODE_DEADLINE:?}: /dev is not a devtmpfs (a container?); \
-                     bind-mount the host's /dev",
-                    path.display()
+                    "open {}: the node did not appear within {:.1?}: /dev is not a devtmpfs (a container?); bind-mount the \
+                     host's /dev",
+                    path.display(),
+                    begun.elapsed()
                 )));
             }
             Err(error) => return Err(Error::io(&error, format_args!("open {}", path.display()))),
@@ -373,8 +374,8 @@ fn open_character_device(info: &DeviceInfo, beginning: Beginning) -> Result<File
     }
 }
 
-fn wait_for_node(path: &Path) -> bool {
-    let deadline = Instant::now() + NODE_DEADLINE;
+fn wait_for_node(path: &Path, deadline: Instant) -> bool {
+    let deadline = deadline.min(Instant::now() + NODE_DEADLINE);
     while !path.exists() {
         if Instant::now() >= deadline {
             return false;
@@ -382,4 +383,19 @@ fn wait_for_node(path: &Path) -> bool {
         std::thread::sleep(Duration::from_millis(1));
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_are_not_waited_for_past_the_starts_deadline() {
+        let (begun, soon) = (Instant::now(), Duration::from_millis(50));
+        // An id that no device has.
+        let error = open_character_device(u32::MAX, Beginning::Start, begun + soon).expect_err("no such node");
+        assert_eq!(error.kind(), ErrorKind::NotFound, "{error}");
+        assert!(!wait_for_node(Path::new("/dev/none-such"), Instant::now() + soon));
+        assert!(begun.elapsed() < NODE_DEADLINE, "{:?}", begun.elapsed());
+    }
 }

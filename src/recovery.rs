@@ -15,6 +15,23 @@ use crate::sys::ublk::{self, Features, Params};
 
 /// How often a device that is not free yet is looked at.
 const SLICE: Duration = Duration::from_millis(20);
+/// What a device may have been added with for this library to serve it. A feature that is not known may change what a request
+/// is.
+const SERVED: Features = Features::from_bits(
+    Features::URING_CMD_COMP_IN_TASK.bits()
+        | Features::USER_RECOVERY.bits()
+        | Features::USER_RECOVERY_REISSUE.bits()
+        | Features::UNPRIVILEGED_DEV.bits()
+        | Features::CMD_IOCTL_ENCODE.bits()
+        | Features::USER_COPY.bits()
+        | Features::USER_RECOVERY_FAIL_IO.bits()
+        | Features::UPDATE_SIZE.bits()
+        | Features::QUIESCE.bits()
+        | Features::PER_IO_DAEMON.bits()
+        | Features::BUF_REG_OFF_DAEMON.bits()
+        | Features::SAFE_STOP_DEV.bits()
+        | Features::NO_AUTO_PART_SCAN.bits(),
+);
 /// How long the holder of a device's character device may take to turn out to be dying.
 const HELD_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -34,8 +51,8 @@ const HELD_PATIENCE: Duration = Duration::from_secs(1);
 /// backend for which that is not the same as once must not use it.
 ///
 /// When a device with `Wait` or `Reissue` is stopped, the kernel fails its dirty pages instead of writing them back, even if
-/// its server is there. [`Device::close`](crate::Device::close) therefore writes them back before; `ublkit stop`, another
-/// process's STOP and a write that comes between the two do not have that.
+/// its server is there. [`Device::close`](crate::Device::close), `ublkit stop` and `ublkit delete` therefore write them back
+/// before ([`DeviceInfo::write_back`]); another program's STOP and a write that comes between the two do not have that.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Recovery {
@@ -160,18 +177,18 @@ pub(crate) fn begin(controller: &Controller, id: u32, deadline: Instant) -> Resu
 }
 
 /// Waits for a device to become free: to its deadline if its server is dying, not for long if it lives.
-struct Patience {
+pub(crate) struct Patience {
     id: u32,
     deadline: Instant,
     held_since: Option<Instant>,
 }
 
 impl Patience {
-    fn new(id: u32, deadline: Instant) -> Self {
+    pub(crate) fn new(id: u32, deadline: Instant) -> Self {
         Self { id, deadline, held_since: None }
     }
 
-    fn wait(&mut self, state: &str) -> Result<()> {
+    pub(crate) fn wait(&mut self, state: &str) -> Result<()> {
         let id = self.id;
         let holders = living_holders(id);
         let now = Instant::now();
@@ -215,27 +232,16 @@ fn is_exiting(pid: i32) -> bool {
     flags.is_none_or(|flags| flags & PF_EXITING != 0)
 }
 
-/// How the device moves data, if this library can serve it at all.
-pub(crate) fn data_mode(info: &DeviceInfo) -> Result<DataMode> {
-    let others = Features::SUPPORT_ZERO_COPY
-        | Features::NEED_GET_DATA
-        | Features::ZONED
-        | Features::AUTO_BUF_REG
-        | Features::BATCH_IO
-        | Features::INTEGRITY
-        | Features::SHMEM_ZC
-        | Features::IO_DESC_SIZE;
-    let unserved = info.features() & others;
+/// How a device that has `features` moves data, if this library can serve it at all.
+pub(crate) fn data_mode(id: u32, features: Features) -> Result<DataMode> {
+    let unserved = features & !SERVED;
     if unserved != Features::NONE {
         return Err(Error::new(
             ErrorKind::Unsupported,
-            format!(
-                "recover device {}: it was added with {unserved:?}, which this library does not serve",
-                info.id()
-            ),
+            format!("recover device {id}: it was added with {unserved:?}, which this library does not serve"),
         ));
     }
-    Ok(if info.features().contains(Features::USER_COPY) { DataMode::UserCopy } else { DataMode::Copy })
+    Ok(if features.contains(Features::USER_COPY) { DataMode::UserCopy } else { DataMode::Copy })
 }
 
 /// Compares a device's parameters with those that `geometry` would have given it.
@@ -344,6 +350,17 @@ mod tests {
         assert!(error.to_string().contains("USER_RECOVERY_FAIL_IO]: it came with Linux 6.16"), "{error}");
         assert_eq!(Recovery::Wait.welcome(old | Features::QUIESCE), Features::QUIESCE);
         assert_eq!(Recovery::None.welcome(old | Features::QUIESCE), Features::NONE);
+    }
+
+    #[test]
+    fn what_is_not_known_is_not_served() {
+        assert_eq!(data_mode(3, Features::USER_RECOVERY | Features::QUIESCE).expect("served"), DataMode::Copy);
+        assert_eq!(data_mode(3, SERVED).expect("served"), DataMode::UserCopy);
+        for other in [Features::ZONED, Features::IO_DESC_SIZE, Features::from_bits(1 << 42)] {
+            let error = data_mode(3, Features::USER_COPY | other).expect_err("not served");
+            assert_eq!(error.kind(), ErrorKind::Unsupported);
+            assert!(error.to_string().contains(&format!("{other:?}")), "{error}");
+        }
     }
 
     #[test]

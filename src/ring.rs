@@ -5,13 +5,14 @@
 //! kernel may do with memory is decided in the modules below, each of which owns the memory that its commands
 //! name:
 //!
-//! * [`tags`]: the tags of one ublk queue and their buffers;
+//! * [`tags`]: the tags of one ublk queue and their buffers, with their [`descriptors`];
 //! * [`command`]: control commands and their payloads;
 //! * [`client`]: reads and writes on a block device or file, from the other side;
 //! * `raw`: any I/O command, malformed ones too.
 
 pub(crate) mod client;
 pub(crate) mod command;
+pub(crate) mod descriptors;
 #[cfg(feature = "raw")]
 pub(crate) mod raw;
 pub(crate) mod tags;

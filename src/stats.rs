@@ -25,7 +25,8 @@ pub enum Phase {
     Stopping,
     /// STOP is done: dirty pages are written back, and there is no block device any more.
     Stopped,
-    /// Every thread has ended; DEL comes next, if it is to be closed.
+    /// Every queue's thread has ended, and every worker that is not stuck in the backend; DEL comes next, if it is to be
+    /// closed.
     Joined,
     /// DEL is done, or left to the kernel.
     Deleted,
@@ -69,7 +70,8 @@ pub enum Event {
         /// The request.
         io: Io,
     },
-    /// A queue cannot be served any longer. The device fails all further I/O.
+    /// A queue cannot be served any longer, and with it the device: further I/O fails, or, as the device's
+    /// [recovery mode](crate::Recovery) says, waits.
     QueueFailed {
         /// The queue.
         queue: u16,

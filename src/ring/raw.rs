@@ -8,14 +8,45 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 
-use super::{Kind, Ring};
+use super::{Kind, Ring, descriptors};
 use crate::sys::map::{Map, page_size};
-use crate::sys::ublk::{self, IoCmd, IoDesc};
+use crate::sys::ublk::{IoCmd, IoDesc};
 use crate::sys::uring::{self, Sqe};
 
 /// Memory of channels that are gone. The driver may hold an address for a while after the ring that named it was closed, so
 /// none of it is ever unmapped or used for anything else.
 static RETIRED: Mutex<Vec<Map>> = Mutex::new(Vec::new());
+
+/// Memory that a channel's commands may name. It is retired, and not unmapped, with the channel.
+#[derive(Debug)]
+struct Lent(Option<Map>);
+
+impl Lent {
+    /// `len` bytes, of which the first `clean` are zeroes.
+    fn new(len: usize, clean: usize) -> io::Result<Self> {
+        let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(index) = retired.iter().position(|map| map.len() == len) else {
+            return Map::anonymous(len).map(|map| Self(Some(map)));
+        };
+        let map = retired.swap_remove(index);
+        assert!(clean <= len);
+        // SAFETY: in bounds by the assertion. Nobody else has this map; a kernel that still writes to it writes what the next
+        // one to look at it must expect anyway, and no reference to it is ever made.
+        unsafe { map.start().as_ptr().write_bytes(0, clean) };
+        Ok(Self(Some(map)))
+    }
+
+    fn start(&self) -> *mut u8 {
+        // `None` only while it is dropped.
+        self.0.as_ref().map_or(std::ptr::null_mut(), |map| map.start().as_ptr())
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        RETIRED.lock().unwrap_or_else(PoisonError::into_inner).extend(self.0.take());
+    }
+}
 
 /// The longest list of elements that a batch command can describe, in bytes: 16 bits of count, 8 bits of size.
 const ELEMENTS_LEN: usize = u16::MAX as usize * u8::MAX as usize;
@@ -48,7 +79,7 @@ pub enum Address {
 /// An I/O command, any at all: nothing of it is checked, except that it names no memory but the channel's.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct IoCommand {
-    /// The operation, such as [`IO_FETCH_REQ`](ublk::IO_FETCH_REQ).
+    /// The operation, such as [`IO_FETCH_REQ`](crate::sys::ublk::IO_FETCH_REQ).
     pub operation: u32,
     /// The queue.
     pub queue: u16,
@@ -67,7 +98,7 @@ pub struct IoCommand {
 /// A command for many tags at once (`struct ublk_batch_io`), any at all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BatchCommand {
-    /// The operation, such as [`IO_PREP_IO_CMDS`](ublk::IO_PREP_IO_CMDS).
+    /// The operation, such as [`IO_PREP_IO_CMDS`](crate::sys::ublk::IO_PREP_IO_CMDS).
     pub operation: u32,
     /// The queue.
     pub queue: u16,
@@ -95,10 +126,11 @@ pub struct Completion {
 /// A ring on which any I/O command can be sent to one character device. It belongs to the thread that made it.
 #[derive(Debug)]
 pub struct IoChannel {
+    // Goes before the memory does.
     ring: Ring,
     device: Arc<File>,
-    /// The buffers, then room for elements. `None` only while it is dropped.
-    memory: Option<Map>,
+    /// The buffers, then room for elements.
+    memory: Lent,
     buffers: u16,
     stride: usize,
     pending: u32,
@@ -113,27 +145,16 @@ impl IoChannel {
     pub fn new(device: Arc<File>, commands: u16, buffers: u16, buffer_bytes: usize) -> io::Result<Self> {
         let entries = u32::from(commands.max(1)).next_power_of_two();
         let stride = buffer_bytes.max(1).next_multiple_of(page_size());
-        let len = stride * usize::from(buffers) + ELEMENTS_LEN;
-        let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-        let memory = match retired.iter().position(|map| map.len() == len) {
-            Some(index) => retired.swap_remove(index),
-            None => Map::anonymous(len)?,
-        };
-        drop(retired);
-        let mut this = Self {
+        let of_buffers = stride * usize::from(buffers);
+        Ok(Self {
             ring: Ring::new(entries, Kind::ThisThread)?,
             device,
-            memory: Some(memory),
+            memory: Lent::new(of_buffers + ELEMENTS_LEN, of_buffers)?,
             buffers,
             stride,
             pending: 0,
             entries,
-        };
-        // What an earlier channel left in them.
-        for index in 0..buffers {
-            this.write_buffer(index, &vec![0; stride])?;
-        }
-        Ok(this)
+        })
     }
 
     /// Sends a command. A command that the driver refuses has completed when this returns.
@@ -270,33 +291,20 @@ impl IoChannel {
     }
 
     fn buffer(&self, index: u16) -> io::Result<*mut u8> {
-        match &self.memory {
-            Some(memory) if index < self.buffers => {
-                Ok(memory.start().as_ptr().wrapping_add(self.stride * usize::from(index)))
-            }
-            _ => Err(io::ErrorKind::InvalidInput.into()),
+        if index >= self.buffers {
+            return Err(io::ErrorKind::InvalidInput.into());
         }
+        Ok(self.memory.start().wrapping_add(self.stride * usize::from(index)))
     }
 
     fn elements(&self) -> *mut u8 {
-        let start = self.memory.as_ref().map_or(std::ptr::null_mut(), |memory| memory.start().as_ptr());
-        start.wrapping_add(self.stride * usize::from(self.buffers))
-    }
-}
-
-impl Drop for IoChannel {
-    fn drop(&mut self) {
-        let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-        retired.extend(self.memory.take());
+        self.memory.start().wrapping_add(self.stride * usize::from(self.buffers))
     }
 }
 
 /// The descriptors of one queue, mapped.
 #[derive(Debug)]
-pub struct Descriptors {
-    map: Map,
-    depth: u16,
-}
+pub struct Descriptors(descriptors::Descriptors);
 
 impl Descriptors {
     /// Maps the descriptors of queue `queue`, of `depth` tags.
@@ -304,9 +312,7 @@ impl Descriptors {
     /// # Errors
     /// What `mmap(2)` says.
     pub fn map(device: &File, queue: u16, depth: u16) -> io::Result<Self> {
-        let page = page_size();
-        let (offset, len) = (ublk::queue_map_offset(queue, page), ublk::queue_map_len(depth, page));
-        Ok(Self { map: Map::shared_read_only(device, offset, len)?, depth })
+        descriptors::Descriptors::map(device, queue, depth).map(Self)
     }
 
     /// Tries a mapping of another shape, and undoes it: the driver has to refuse all but one length and every
@@ -321,26 +327,14 @@ impl Descriptors {
     /// A tag's descriptor as it stands there now.
     #[must_use]
     pub fn get(&self, tag: u16) -> Option<IoDesc> {
-        if tag >= self.depth {
-            return None;
-        }
-        let at = self.map.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag));
-        // SAFETY: in bounds by the check and the length mapped, aligned (page start plus a multiple of 24), and every bit
-        // pattern is a value. Volatile, because the driver may write it.
-        Some(unsafe {
-            IoDesc {
-                op_flags: (&raw const (*at).op_flags).read_volatile(),
-                nr_sectors: (&raw const (*at).nr_sectors).read_volatile(),
-                start_sector: (&raw const (*at).start_sector).read_volatile(),
-                addr: (&raw const (*at).addr).read_volatile(),
-            }
-        })
+        self.0.get(tag)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sys::ublk;
 
     fn channel() -> IoChannel {
         let null = File::options().read(true).write(true).open("/dev/null").expect("open");
@@ -394,6 +388,25 @@ mod tests {
         assert!(first.write_buffer(2, b"x").is_err() && first.read_buffer(0, 4097).is_err());
         drop(first);
         assert_eq!(channel().read_buffer(1, 4).expect("read"), [0; 4]);
+    }
+
+    #[test]
+    fn memory_that_was_named_once_stays_when_the_next_channel_cannot_be_had() {
+        // Of a size that no other test has.
+        let len = 3 * page_size() + ELEMENTS_LEN;
+        let new = |commands| {
+            let null = File::options().read(true).write(true).open("/dev/null").expect("open");
+            IoChannel::new(Arc::new(null), commands, 3, 1)
+        };
+        let retired = || {
+            let retired = RETIRED.lock().expect("lock");
+            retired.iter().filter(|map| map.len() == len).map(|map| map.start().as_ptr() as usize).collect::<Vec<_>>()
+        };
+        drop(new(4).expect("channel"));
+        let before = retired();
+        assert_eq!(before.len(), 1);
+        assert!(new(u16::MAX).is_err(), "more than a ring can have");
+        assert_eq!(retired(), before);
     }
 
     #[test]

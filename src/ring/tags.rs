@@ -15,6 +15,7 @@ use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
+use super::descriptors::Descriptors;
 use super::{Kind, Ring};
 use crate::sys::map::Map;
 use crate::sys::ublk::{self, IoCmd, IoDesc};
@@ -196,7 +197,7 @@ pub(crate) struct Tags {
     ring: Ring,
     queue: u16,
     copying: Copying,
-    descriptors: Map,
+    descriptors: Descriptors,
     slots: Box<[Slot]>,
     shared: Arc<Shared>,
     character_device: Arc<File>,
@@ -224,10 +225,10 @@ impl Tags {
         depth: u16,
         copying: Copying,
         character_device: Arc<File>,
-        descriptors: Map,
+        descriptors: Descriptors,
         shared: Arc<Shared>,
     ) -> io::Result<Self> {
-        assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
+        assert!(descriptors.depth() == depth, "a descriptor for every tag");
         assert!(shared.results.len() == usize::from(depth), "a buffer for every tag");
         // One command per tag, the wake-up poll, and its removal.
         let ring = Ring::new(u32::from(depth) + 2, Kind::ThisThread)?;
@@ -260,17 +261,6 @@ impl Tags {
             aborted: 0,
             failure: None,
         })
-    }
-
-    /// Writes the same descriptor for every tag into anonymous memory, in the driver's place.
-    #[cfg(feature = "driverless")]
-    pub(crate) fn pretend(descriptors: &mut Map, depth: u16, descriptor: IoDesc) {
-        assert!(descriptors.len() >= usize::from(depth) * size_of::<IoDesc>(), "descriptors for every tag");
-        for tag in 0..usize::from(depth) {
-            // SAFETY: in bounds by the assertion, aligned (page start plus a multiple of 24), anonymous and writable memory of
-            // which `&mut` makes this the only user.
-            unsafe { descriptors.start().cast::<IoDesc>().as_ptr().add(tag).write(descriptor) };
-        }
     }
 
     /// Queues a FETCH for every tag, and the wake-up poll.
@@ -357,28 +347,13 @@ impl Tags {
             {
                 tag.owner = Owner::Server;
                 let tag = cqe.user_data as u16;
-                return Some((tag, self.descriptor(tag)));
+                // SAFETY: it has a slot, and there are as many descriptors (asserted in `new`). The driver writes a tag's only
+                // while it owns the tag.
+                return Some((tag, unsafe { self.descriptors.request(tag) }));
             }
             self.other(cqe.user_data, cqe.result);
         }
         None
-    }
-
-    #[inline(always)]
-    fn descriptor(&self, tag: u16) -> IoDesc {
-        let at = self.descriptors.start().cast::<IoDesc>().as_ptr().wrapping_add(usize::from(tag));
-        // SAFETY: in bounds (asserted in `new`), aligned (page start plus a multiple of 24, alignment 8), and every bit
-        // pattern is a valid `IoDesc`. The driver writes a tag's descriptor only while it owns the tag; volatile,
-        // because it is another writer than the compiler can see.
-        unsafe {
-            IoDesc {
-                op_flags: (&raw const (*at).op_flags).read_volatile(),
-                nr_sectors: (&raw const (*at).nr_sectors).read_volatile(),
-                start_sector: (&raw const (*at).start_sector).read_volatile(),
-                // The buffer that was given with FETCH or COMMIT; known already.
-                addr: 0,
-            }
-        }
     }
 
     /// Every completion that is not a request.
@@ -482,6 +457,12 @@ impl Tags {
         self.ring.taken()
     }
 
+    /// How many entries the kernel has not been shown.
+    #[cfg(test)]
+    pub(crate) fn unsubmitted(&self) -> u32 {
+        self.ring.tail.wrapping_sub(self.ring.head)
+    }
+
     /// Commits what was given back, waiting for more if some is out, and takes nothing new. Returns whether some is still
     /// out.
     pub(crate) fn settle(&mut self) -> io::Result<bool> {
@@ -529,7 +510,7 @@ mod tests {
     fn tags_on_dev_null(depth: u16) -> Option<Tags> {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null").expect("open /dev/null");
         let shared = Arc::new(Shared::new(depth, 4096).expect("buffers"));
-        let descriptors = Map::anonymous(ublk::queue_map_len(depth, 4096)).expect("descriptors");
+        let descriptors = Descriptors::pretended(depth, IoDesc::default()).expect("descriptors");
         Tags::new(0, depth, Copying::Driver, Arc::new(null), descriptors, shared).ok()
     }
 

@@ -32,14 +32,17 @@ pub const fn legacy(command: u32) -> u32 {
 }
 
 macro_rules! commands {
-    ($(#[$group:meta])* $size:ty; $($(#[$doc:meta])* $name:ident = $dir:ident $nr:literal;)*) => {
+    ($(#[$about:meta])* $names:ident: $size:ty; $($(#[$doc:meta])* $name:ident = $dir:ident $nr:literal;)*) => {
         $($(#[$doc])* pub const $name: u32 = commands!(@ $dir $nr $size);)*
+        $(#[$about])* pub const $names: &[(u32, &str)] = &[$(($name, stringify!($name))),*];
     };
     (@ r $nr:literal $size:ty) => { ioc(true, false, $nr, size_of::<$size>()) };
     (@ wr $nr:literal $size:ty) => { ioc(true, true, $nr, size_of::<$size>()) };
 }
 
-commands! { CtrlCmd;
+commands! {
+    /// The control commands and their names here.
+    CONTROL_COMMANDS: CtrlCmd;
     /// Which CPUs a queue serves.
     CMD_GET_QUEUE_AFFINITY = r 0x01;
     /// A device's [`DevInfo`].
@@ -78,7 +81,9 @@ commands! { CtrlCmd;
     CMD_UNREG_BUF = wr 0x19;
 }
 
-commands! { IoCmd;
+commands! {
+    /// The I/O commands and their names here.
+    IO_COMMANDS: IoCmd;
     /// Hand a tag to the driver for the first time.
     IO_FETCH_REQ = wr 0x20;
     /// Complete a tag's request and hand the tag back.

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, Weak};
@@ -10,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::mount::{MsFlags, umount};
 use ublkit::ctrl::block_path;
 use ublkit::holders::How;
-use ublkit::{Controller, DataMode, Deletion, Device, ErrorKind, Geometry};
+use ublkit::{Controller, DataMode, Deletion, Device, ErrorKind, Geometry, Recovery};
 
 use super::client::{self, KIB, MIB, assert_same, bounded, builder, direct, eventually, open, start, start_with};
 use super::disk::{Disk, Op};
@@ -26,10 +27,12 @@ cases!("close":
     a_queue_thread_may_not_close_its_device,
     a_worker_may_not_close_its_device,
     dirty_pages_reach_the_backend,
+    files_reach_the_backend_in_every_mode,
     no_acknowledged_write_is_lost_while_closing in 60 s,
     a_backend_call_that_never_returns_inline in 60 s,
     a_backend_call_that_never_returns_in_a_worker in 60 s,
     a_detached_request_that_is_never_completed,
+    a_sink_that_panics_keeps_nobody_from_closing,
     a_device_that_somebody_else_stopped,
     a_device_that_somebody_else_deleted,
 );
@@ -182,6 +185,34 @@ fn dirty_pages_reach_the_backend() {
     assert_same(&disk.stored(4096, 3 << 20), &wrote, "stored when close() has returned");
     drop(file);
     eventually("the id is free", || gone(device.id()));
+}
+
+/// Files that nobody has synced, of a file system that stays mounted.
+fn files_reach_the_backend_in_every_mode() {
+    let mount = |device: &Device, at: &Path| {
+        nix::mount::mount(Some(&device.path()), at, Some("ext4"), MsFlags::empty(), None::<&str>).expect("mount");
+    };
+    for mode in [Recovery::None, Recovery::Wait, Recovery::Reissue] {
+        let disk = Disk::new(Geometry::bytes(8 * MIB).volatile_cache());
+        let device = start_with(&disk, |builder| builder.recovery(mode).delete_deadline(Duration::from_millis(300)));
+        let made = Command::new("mkfs.ext4").args(["-q", "-F"]).arg(device.path()).status().expect("run mkfs.ext4");
+        assert!(made.success(), "{made}");
+        let at = tempfile::tempdir().expect("a directory");
+        mount(&device, at.path());
+        let wrote = client::pattern(1, 0, 256 << 10);
+        std::fs::write(at.path().join("file"), &wrote).expect("write a file");
+        let holders = deferred(&device);
+        umount(at.path()).expect("umount");
+        assert!(holders.iter().any(|holder| matches!(holder.how, How::Mount(_))), "{holders:?}");
+        eventually("the id is free once it is unmounted", || gone(device.id()));
+
+        let device = start(&disk);
+        mount(&device, at.path());
+        let read = std::fs::read(at.path().join("file"));
+        umount(at.path()).expect("umount");
+        assert_same(&read.expect("the file is there"), &wrote, &format!("the file, with recovery {mode}"));
+        client::close(&device);
+    }
 }
 
 fn no_acknowledged_write_is_lost_while_closing() {
@@ -368,6 +399,26 @@ fn a_detached_request_that_is_never_completed() {
     let mut request = kept.lock().expect("lock").pop().expect("kept");
     assert!(request.data().is_err(), "its data went with the device");
     request.complete();
+}
+
+/// Whatever is told, and on whichever thread.
+fn a_sink_that_panics_keeps_nobody_from_closing() {
+    for workers in [0, 2] {
+        let disk = Disk::new(Geometry::bytes(MIB));
+        disk.hook(|call| if call.op == Op::Write { panic!("planted: the backend panics") } else { Ok(()) });
+        let told = Arc::new(AtomicU64::new(0));
+        let device = start_with(&disk, |builder| {
+            let told = Arc::clone(&told);
+            builder.workers(workers).on_event(move |event| {
+                told.fetch_add(1, Ordering::SeqCst);
+                panic!("planted: the sink panics at {event}");
+            })
+        });
+        assert!(client::write(&direct(&device), 1, 0, 512).is_err(), "the backend panicked");
+        client::read(&direct(&device), 0, 512).expect("the device goes on");
+        bounded("closing", Duration::from_secs(15), || client::close(&device));
+        assert!(told.load(Ordering::SeqCst) >= 9, "each phase and the backend's panic");
+    }
 }
 
 fn a_device_that_somebody_else_stopped() {

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use ublkit::backends::File;
-use ublkit::{Backend, Device, Event, Geometry, Recovery, WriteFlags};
+use ublkit::{Backend, DataMode, Device, Event, Geometry, Recovery, WriteFlags};
 
 use super::server::ROLE;
 
@@ -63,6 +63,13 @@ fn mode(word: &str) -> Recovery {
         .unwrap_or_else(|| panic!("a recovery mode: {word}"))
 }
 
+fn detach(device: &Device) -> String {
+    match device.detach() {
+        Ok(detached) => format!("detached {}", detached.state),
+        Err(error) => format!("failed to {error}"),
+    }
+}
+
 /// Serves as ordered, says `serving ID`, and then does what its input says.
 pub(crate) fn run() -> ExitCode {
     let orders = std::env::var(ORDERS).expect("orders");
@@ -77,6 +84,7 @@ pub(crate) fn run() -> ExitCode {
         .queues(number("queues", 2) as u16)
         .depth(number("depth", 16) as u16)
         .max_io_bytes(64 << 10)
+        .data_mode(if number("user_copy", 0) == 1 { DataMode::UserCopy } else { DataMode::Copy })
         .stop_deadline(Duration::from_secs(number("stop_seconds", 10)))
         .on_event(move |event| {
             if let Event::Phase(phase) = event
@@ -104,13 +112,15 @@ pub(crate) fn run() -> ExitCode {
         match line.as_deref() {
             Ok("held") => say(held.load(Ordering::SeqCst)),
             Ok("detach") => {
-                match device.detach() {
-                    Ok(detached) => say(format_args!("detached {}", detached.state)),
-                    Err(error) => say(format_args!("failed to {error}")),
-                }
+                say(detach(&device));
                 // Without a look at what else the device does when it is dropped.
                 return ExitCode::SUCCESS;
             }
+            Ok("detach and stay") => say(detach(&device)),
+            Ok("close and stay") => match device.close() {
+                Ok(closed) => say(closed),
+                Err(error) => say(format_args!("failed to {error}")),
+            },
             other => panic!("not understood: {other:?}"),
         }
     }

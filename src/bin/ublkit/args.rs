@@ -13,7 +13,7 @@ const AFTER_HELP: &str = "Exit status: 0 done, 1 wrong usage, 2 the command fail
 
 const RECOVER_HELP: &str = "Queues, depth, recovery mode and the way data moves are the device's own; --queues, --depth, \
 --user-copy, --recovery and --id are ignored. Size, block size and what the backend can do must be those that the device was \
-built with.";
+built with. So must what is stored: memory and --create, which begin empty, are refused.";
 
 /// Serves block devices from user space through ublk, and looks after the ublk devices of this machine.
 #[derive(Debug, Parser)]
@@ -34,9 +34,9 @@ pub(crate) enum Command {
     /// Take over a device whose server is gone, with the I/O that waits in it, and serve it until Ctrl-C
     #[command(after_help = RECOVER_HELP)]
     Recover(Recover),
-    /// Stop a device: dirty pages are written back, the block device goes away, the id stays
+    /// Stop a device: dirty pages are written back if it is served, the block device goes away, the id stays
     Stop(Stop),
-    /// Stop and delete a device
+    /// Stop and delete a device; as with stop, dirty pages are written back
     Delete(Delete),
     /// Delete devices that a server left behind; whatever is alive is left alone
     Clean(Clean),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use ublkit::backends::{File, Memory, Null};
+use ublkit::ctrl::State;
 use ublkit::{Backend, DataMode, Device, Error, ErrorKind, Event, Geometry, Signals};
 
 use crate::args::{Mode, ServeBackend, ServeFile, ServeSized, Shape};
@@ -40,6 +41,9 @@ fn serve_any(backend: &ServeBackend, origin: Origin) -> Result<(), Failure> {
             "--detach needs --recovery wait, reissue or fail-io: other devices end with their server",
         ));
     }
+    if let Origin::Left(id) = origin {
+        refuse_empty(id, backend)?;
+    }
     match backend {
         ServeBackend::Memory(sized) => {
             serve(Memory::with_geometry(geometry(sized)), sized.workers, &sized.shape, origin)
@@ -47,6 +51,20 @@ fn serve_any(backend: &ServeBackend, origin: Origin) -> Result<(), Failure> {
         ServeBackend::Null(sized) => serve(Null::with_geometry(geometry(sized)), sized.workers, &sized.shape, origin),
         ServeBackend::File(file) => serve_file(file, origin),
     }
+}
+
+/// Whoever uses a device that was left has data on it: it is not for a backend that begins without.
+fn refuse_empty(id: u32, backend: &ServeBackend) -> Result<(), Failure> {
+    let what = match backend {
+        ServeBackend::Memory(_) => {
+            "memory begins empty, and what was stored went with the last server: delete the device"
+        }
+        ServeBackend::File(ServeFile { create: Some(_), .. }) => {
+            "--create makes an empty file: name the one that the device was served from, without --create"
+        }
+        ServeBackend::File(_) | ServeBackend::Null(_) => return Ok(()),
+    };
+    Err(Failure::usage(format!("device {id} cannot be recovered like this: {what}")))
 }
 
 fn geometry(sized: &ServeSized) -> Geometry {
@@ -91,6 +109,7 @@ struct Started {
     /// Caught before the device was made, so that no signal can end this program and leave the device behind.
     signals: Signals,
     detach: bool,
+    origin: Origin,
 }
 
 fn start<B: Backend>(backend: B, workers: usize, shape: &Shape, origin: Origin) -> Result<Started, Failure> {
@@ -114,23 +133,27 @@ fn start<B: Backend>(backend: B, workers: usize, shape: &Shape, origin: Origin) 
         Origin::New => builder.start()?,
         Origin::Left(id) => builder.recover(id)?,
     };
-    Ok(Started { device, signals, detach: shape.detach })
+    Ok(Started { device, signals, detach: shape.detach, origin })
 }
 
 impl Started {
     fn until_the_end(self) -> Result<(), Failure> {
         let path = self.device.path();
-        // If nobody wants to know the path, nobody will use the device.
+        // If nobody wants to know the path, nobody will use the device, unless it has been in use before.
         let printed = output::print(format_args!("{}\n", path.display()));
         let (end, failed) = match printed {
             Ok(()) => self.wait(),
             Err(_) => ("nobody reads the output", None),
         };
-        // A device that has failed, or that somebody else has stopped, is nothing to hand on.
-        let closed = if self.detach && self.device.first_error().is_none() {
-            self.device.detach().map(|detached| detached.to_string())
-        } else {
-            self.device.close().map(|closed| closed.to_string())
+        let leave = self.detach || printed.is_err() && matches!(self.origin, Origin::Left(_));
+        let detach = || self.device.detach().map(|detached| detached.to_string());
+        let close = || self.device.close().map(|closed| closed.to_string());
+        let closed = match self.device.first_error() {
+            None if leave => detach(),
+            // Let go of for another server, or stopped: only the first can be detached.
+            Some(error) if error.kind() == ErrorKind::State => detach().or_else(|_| close()),
+            // A device that has failed is nothing to hand on.
+            _ => close(),
         };
         let stats = self.device.stats();
         let requests: u64 = stats.iter().map(|queue| queue.requests).sum();
@@ -152,8 +175,12 @@ impl Started {
             }
             match self.device.first_error() {
                 None => {}
-                // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`.
-                Some(error) if error.kind() == ErrorKind::State => return ("somebody else stopped it", None),
+                // Somebody's decision, carried out in order: `ublkit stop` or `ublkit delete`, or a supervisor's QUIESCE.
+                Some(error) if error.kind() == ErrorKind::State => {
+                    let info = self.device.controller().get_dev_info(self.device.id());
+                    let quiescent = info.is_ok_and(|info| info.state() != State::Dead);
+                    return (if quiescent { "for another server now" } else { "somebody else stopped it" }, None);
+                }
                 error => return ("it failed", error),
             }
         }

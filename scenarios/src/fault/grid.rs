@@ -128,7 +128,7 @@ pub(super) fn sample(rng: &mut SeededRng) -> Vec<Cell> {
         STAGES.into_iter().flat_map(|stage| Often::ALL.map(|often| (stage, often))).collect();
     for op in OPS {
         let mut order = pairs.clone();
-        shuffle(&mut order, rng);
+        rng.shuffle(&mut order);
         let mut turns = order.into_iter().cycle();
         for errno in errnos() {
             // There are fewer pairs than errnos, so that each pair has its turn.
@@ -150,14 +150,8 @@ pub(super) fn sample(rng: &mut SeededRng) -> Vec<Cell> {
             cells.push(Cell { op, what, often: Often::Tenth });
         }
     }
-    shuffle(&mut cells, rng);
+    rng.shuffle(&mut cells);
     cells
-}
-
-fn shuffle<T>(items: &mut [T], rng: &mut SeededRng) {
-    for last in (1..items.len()).rev() {
-        items.swap(last, rng.below(last as u64 + 1) as usize);
-    }
 }
 
 impl Cell {

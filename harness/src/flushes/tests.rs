@@ -1,7 +1,7 @@
 //! The oracle agrees with a check of everything against everything; a right device is never found, and liars are.
 
 use super::*;
-use crate::seed::{Seed, SeededRng};
+use crate::seed::Seed;
 
 fn id(index: u64) -> OpId {
     OpId { worker: 2, index }

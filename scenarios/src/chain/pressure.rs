@@ -33,10 +33,12 @@ const _: () = assert!(LIMITS.max < BYTES);
 const CHUNK: usize = 1 << 20;
 /// How long the writes may take, on a slow machine.
 const DEADLINE: Duration = Duration::from_secs(150);
+/// And to compare what was written.
+const VERIFY: Duration = Duration::from_secs(180);
 const LOOK: Duration = Duration::from_millis(10);
 
 pub(super) fn check(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
-    context.step("memory pressure", DEADLINE + Duration::from_secs(60), |context| press(context, chain))
+    context.step("memory pressure", DEADLINE + VERIFY, |context| press(context, chain))
 }
 
 fn press(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
@@ -68,12 +70,11 @@ fn press(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
     for at in (0..BYTES).step_by(CHUNK) {
         fill(&mut right, seed, ROUNDS - 1, at);
         direct.read_exact_at(&mut found, at).map_err(|error| Failure::io("read at the top", &error))?;
-        top.storage().read_at(&mut stored, at)?;
-        for (bytes, place) in [(&found[..], "the top"), (&stored[..], "the bottom")] {
-            if let Some(difference) = crate::probe::filesystem::difference(bytes, &right) {
-                let what = format!("after writes under memory pressure, {place} is wrong from {at} on: {difference}");
-                return Err(Failure::broke("content", what));
-            }
+        expect(&found, &right, "the top", at)?;
+        // What is read at the top comes from the bottom: a look at every fourth place there is to see that it is the same.
+        if at / CHUNK as u64 % 4 == 0 {
+            top.storage().read_at(&mut stored, at)?;
+            expect(&stored, &right, "the bottom", at)?;
         }
         context.evidence().add("pressure_bytes_verified", CHUNK as u64);
     }
@@ -84,6 +85,12 @@ fn press(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
         took.as_millis()
     ));
     Ok(())
+}
+
+fn expect(found: &[u8], right: &[u8], place: &str, at: u64) -> Result<(), Failure> {
+    let Some(difference) = crate::probe::filesystem::difference(found, right) else { return Ok(()) };
+    let what = format!("after writes under memory pressure, {place} is wrong from {at} on: {difference}");
+    Err(Failure::broke("content", what))
 }
 
 /// What lies at a place after a round.

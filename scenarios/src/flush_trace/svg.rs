@@ -418,7 +418,7 @@ mod tests {
             "fsync &lt;&amp;&gt;",
             "longest without a call:",
             "+20.0 ms",
-            "write 4 KiB at 8 KiB: 20.0 ms from +14.0 ms",
+            "write 4.0 KiB at 8.0 KiB: 20.0 ms from +14.0 ms",
         ] {
             assert!(picture.contains(shown), "{shown} is not in\n{picture}");
         }

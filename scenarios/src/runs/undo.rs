@@ -13,8 +13,8 @@ use super::RunRecord;
 
 /// How long it may take to put one thing back when the next run does it.
 pub(super) const PATIENCE: Duration = Duration::from_secs(10);
-/// And when this run is lost, and about to end.
-const HURRY: Duration = Duration::from_millis(700);
+/// And how long all of it may take when this run is lost, and about to end.
+const HURRY: Duration = Duration::from_millis(1500);
 const LOOK: Duration = Duration::from_millis(20);
 
 /// How a change is put back.
@@ -122,9 +122,10 @@ impl RunRecord {
 
     /// Puts everything back, the last change first, for this run is lost. Returns what could not be.
     pub(crate) fn put_back(&self) -> Vec<String> {
+        let until = Instant::now() + HURRY;
         let all = self.lock().run.undo.clone();
         let outcome = |undo: &Undo| {
-            let done = undo.run(HURRY);
+            let done = undo.run(until.saturating_duration_since(Instant::now()));
             if done.is_ok() {
                 self.forget(undo);
             }

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use super::runner::cases;
+use super::scenarios::verdict;
 
 cases!("flush_trace":
     a_right_server_passes_and_is_drawn in 60 s,
@@ -18,6 +19,7 @@ cases!("flush_trace":
     a_flush_that_goes_past_writes_is_found in 60 s,
     a_server_that_stalls_is_named in 60 s,
     what_a_killed_run_changed_the_next_one_puts_back in 90 s,
+    what_a_lost_run_changed_it_puts_back in 90 s,
     a_full_recording_proves_nothing in 60 s,
 );
 
@@ -97,10 +99,28 @@ fn a_full_recording_proves_nothing() {
     assert!(evidence["calls_not_recorded"].as_u64().is_some_and(|calls| calls > 0), "{evidence}");
 }
 
-fn what_a_killed_run_changed_the_next_one_puts_back() {
+fn setting() -> String {
     const SETTING: &str = "/proc/sys/vm/dirty_expire_centisecs";
-    let setting = || fs::read_to_string(SETTING).expect(SETTING);
-    let is_mounted = || fs::read_to_string("/proc/self/mounts").expect("mounts").contains("ublk-torture-mount-");
+    fs::read_to_string(SETTING).expect(SETTING)
+}
+
+fn is_mounted() -> bool {
+    fs::read_to_string("/proc/self/mounts").expect("mounts").contains("ublk-torture-mount-")
+}
+
+fn what_a_lost_run_changed_it_puts_back() {
+    let before = setting();
+    // The kernel is waited for longer than any step may take.
+    verdict("flush-trace --size 32M --rounds 1 --writeback-age 50s --deadline 10s", 3);
+    // Another process unmounts, for whom a run that is lost does not wait for long.
+    let until = Instant::now() + Duration::from_secs(10);
+    while is_mounted() && Instant::now() < until {
+        thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!((setting(), is_mounted()), (before, false));
+}
+
+fn what_a_killed_run_changed_the_next_one_puts_back() {
     let before = setting();
     let mut run = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
         .args("flush-trace --size 32M --writeback-age 9s".split(' '))
@@ -116,6 +136,6 @@ fn what_a_killed_run_changed_the_next_one_puts_back() {
     run.wait().expect("wait");
     assert_eq!(changed, ("900\n".to_owned(), true), "it was at work");
     assert_eq!(setting(), "900\n", "who is killed puts nothing back");
-    super::scenarios::verdict("fault --seed 1 --size 16M --only plain --capabilities none", 0);
+    verdict("fault --seed 1 --size 16M --only plain --capabilities none", 0);
     assert_eq!((setting(), is_mounted()), (before, false));
 }

@@ -12,6 +12,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use ublkit::Geometry;
 
 pub use self::draw::WorkerPlan;
 pub use self::mix::Mix;
@@ -111,6 +112,29 @@ pub struct Plan {
 impl Capabilities {
     /// Everything.
     pub const ALL: Self = Self { flush: true, fua: true, discard: true, write_zeroes: true };
+
+    /// What a device of this geometry offers.
+    #[must_use]
+    pub const fn of(geometry: &Geometry) -> Self {
+        Self {
+            flush: geometry.volatile_cache,
+            fua: geometry.fua,
+            discard: geometry.discard.is_some(),
+            write_zeroes: geometry.write_zeroes.is_some(),
+        }
+    }
+
+    /// Whether `kind` can be asked for; reads and writes always can.
+    #[must_use]
+    pub const fn offers(&self, kind: OpKind) -> bool {
+        match kind {
+            OpKind::Read | OpKind::Write => true,
+            OpKind::WriteFua => self.fua,
+            OpKind::Flush => self.flush,
+            OpKind::Discard => self.discard,
+            OpKind::WriteZeroes => self.write_zeroes,
+        }
+    }
 }
 
 impl PlanOptions {
@@ -145,15 +169,15 @@ impl PlanOptions {
     /// The mix without what the device does not offer. A write that is to be durable becomes a plain one.
     #[must_use]
     pub fn offered_mix(&self) -> Mix {
-        let Capabilities { flush, fua, discard, write_zeroes } = self.capabilities;
-        let keep = |weight: u32, offered: bool| if offered { weight } else { 0 };
+        let keep = |weight: u32, kind: OpKind| if self.capabilities.offers(kind) { weight } else { 0 };
+        let fua = keep(self.mix.fua, OpKind::WriteFua);
         Mix {
             read: self.mix.read,
-            write: self.mix.write.saturating_add(keep(self.mix.fua, !fua)),
-            fua: keep(self.mix.fua, fua),
-            flush: keep(self.mix.flush, flush),
-            discard: keep(self.mix.discard, discard),
-            zeroes: keep(self.mix.zeroes, write_zeroes),
+            write: self.mix.write.saturating_add(self.mix.fua - fua),
+            fua,
+            flush: keep(self.mix.flush, OpKind::Flush),
+            discard: keep(self.mix.discard, OpKind::Discard),
+            zeroes: keep(self.mix.zeroes, OpKind::WriteZeroes),
         }
     }
 

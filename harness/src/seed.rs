@@ -133,6 +133,13 @@ impl SeededRng {
         items.get(self.below(items.len() as u64) as usize)
     }
 
+    /// Puts `items` into an order that is drawn: each is as likely as any other.
+    pub fn shuffle<T>(&mut self, items: &mut [T]) {
+        for last in (1..items.len()).rev() {
+            items.swap(last, self.below(last as u64 + 1) as usize);
+        }
+    }
+
     /// Fills `bytes` with random ones.
     pub fn fill(&mut self, bytes: &mut [u8]) {
         self.0.fill_bytes(bytes);

@@ -14,34 +14,36 @@ mod pressure;
 mod stack;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use ublkit_harness::fault::{Errno, Stage};
-use ublkit_harness::{IoSize, Mix, OpKind, Plan, PlanOptions};
+use ublkit_harness::mutant::Planted;
+use ublkit_harness::plan::Capabilities;
+use ublkit_harness::{Mix, Mutant, OpKind};
 
 pub(crate) use self::pressure::{ARGUMENT, main as load};
 use self::stack::Chain;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::fault::grid::{Cell, Often, What};
-use crate::fault::{Bench, on_subject, plain, try_cell};
+use crate::fault::{REGION, plain, try_cell};
 use crate::scenario::{Entry, Failure, Needs, Plant, Scenario};
 use crate::server::Lie;
 use crate::target::{BackendKind, TargetArgs};
-use crate::torture::accounts::Accounts;
-use crate::torture::crew::Crew;
+use crate::torture::bench::{Bench, Work, on_subject};
 use crate::torture::outage::Outage;
-use crate::torture::shared::{Orders, Shared};
-use crate::torture::verify;
 
 pub(crate) const ENTRY: Entry = Entry::new::<Args>(
     "chain",
     "devices stacked on devices: bytes, flushes, errors and memory pressure go through all of them",
 )
-.short(&[&["--links", "2", "--size", "64M"], &["--links", "3", "--processes", "--size", "64M"]])
+.short(&[
+    &["--links", "2", "--size", "64M"],
+    &["--links", "3", "--processes", "--size", "64M"],
+    &["--links", "2", "--processes", "--size", "64M", "--only", "pressure"],
+])
 .plants(&[
     Plant {
         name: "swallowed-flush",
@@ -52,6 +54,26 @@ pub(crate) const ENTRY: Entry = Entry::new::<Args>(
         name: "dropped-fua",
         about: "a proxy passes writes with FUA on as plain ones",
         arguments: &["--only", "load", "--plant", "dropped-fua"],
+    },
+    Plant {
+        name: "swallowed-flush-orders",
+        about: "the same, one flush at a time",
+        arguments: &["--only", "errors", "--plant", "swallowed-flush"],
+    },
+    Plant {
+        name: "dropped-fua-orders",
+        about: "the same, one write at a time",
+        arguments: &["--only", "errors", "--plant", "dropped-fua"],
+    },
+    Plant {
+        name: "swallowed-flush-power",
+        about: "the same, by what a power cut leaves",
+        arguments: &["--only", "power", "--plant", "swallowed-flush"],
+    },
+    Plant {
+        name: "shorn-write-files",
+        about: "a proxy passes the beginning of a write on, and acknowledges all of it: a file system has holes",
+        arguments: &["--only", "files", "--plant", "shorn-write"],
     },
     Plant {
         name: "flat-errno",
@@ -65,11 +87,12 @@ pub(crate) const ENTRY: Entry = Entry::new::<Args>(
     },
 ]);
 
-/// How many workers load the top, and how many operations each keeps in flight.
-const WORKERS: u32 = 4;
+/// How many operations each worker keeps in flight.
 const DEPTH: u32 = 8;
-/// How long an operation may take before that is a hang.
-const STALL: Duration = Duration::from_secs(60);
+/// The smallest device on which all parts have room, in bytes.
+const SIZE_MIN: u64 = 32 << 20;
+/// How long a step may take, beside what `--duration` asks for.
+const LIMIT: Duration = Duration::from_secs(180);
 /// How many operations each worker does, and for how long the power is cut now and then.
 const OPS: u64 = 80;
 const CUTS_FOR: Duration = Duration::from_secs(5);
@@ -96,17 +119,21 @@ enum Part {
 enum Broken {
     SwallowedFlush,
     DroppedFua,
+    ShornWrite,
     FlatErrno,
     OffByOne,
 }
 
 impl Broken {
-    const fn lie(self) -> Lie {
+    /// What the lowest proxy is started with instead of `args`.
+    fn planted(self, args: TargetArgs) -> TargetArgs {
+        let mutant = |mutant, every| Some(Planted { mutant, every });
         match self {
-            Self::SwallowedFlush => Lie::FlushSwallowed,
-            Self::DroppedFua => Lie::FuaDropped,
-            Self::FlatErrno => Lie::ErrnoLost,
-            Self::OffByOne => Lie::OffByOne,
+            Self::SwallowedFlush => TargetArgs { mutant: mutant(Mutant::FlushNoop, 1), ..args },
+            Self::DroppedFua => TargetArgs { mutant: mutant(Mutant::FuaIgnored, 1), ..args },
+            Self::ShornWrite => TargetArgs { mutant: mutant(Mutant::ShornWrite, 3), ..args },
+            Self::FlatErrno => TargetArgs { lie: Some(Lie::ErrnoLost), ..args },
+            Self::OffByOne => TargetArgs { lie: Some(Lie::OffByOne), ..args },
         }
     }
 }
@@ -156,7 +183,19 @@ impl Scenario for Args {
         if self.target.read_only || self.target.mutant.is_some() {
             return Err(Failure::Usage("--read-only and --mutant say nothing to chain: use torture".to_owned()));
         }
-        if self.target.size < 32 << 20 {
+        self.common.refuse_ops("chain", "--duration says how long it goes on")?;
+        // What arrives at the bottom is judged by them: a chain without them has nothing to say there.
+        let offered = self.offered();
+        let judged = [Part::Load, Part::Errors, Part::Power, Part::Files].into_iter().any(|part| self.does(part));
+        if judged && !(offered.flush && offered.fua) {
+            return Err(Failure::Usage(
+                "--capabilities: a chain is judged by its flushes and FUA writes; have flush and fua among them, or \
+                 --only closing"
+                    .to_owned(),
+            ));
+        }
+        const { assert!(pressure::BYTES <= SIZE_MIN) };
+        if self.target.size < SIZE_MIN {
             return Err(Failure::Usage("--size: choose at least 32M, so that all parts have room".to_owned()));
         }
         Ok(())
@@ -216,16 +255,25 @@ impl Args {
                     ("flushes_checked", 1),
                     ("durable_writes_checked", 1),
                     ("marked_threads", links),
-                    ("cells", cells().len() as u64),
+                    ("cells", cells(self.offered()).len() as u64),
                     ("errors_seen", 5),
                 ],
             ),
             (Part::Errors, &[("errnos", 50), ("flushes_at_the_bottom", 8), ("fua_writes_at_the_bottom", 8)]),
             (Part::Power, &[("power_cuts", 1), ("flushes", 1), ("ops", 20)]),
             (Part::Files, &[("files_verified_after_remount", files::FILES as u64), ("fsyncs_at_the_bottom", 1)]),
-            (Part::Pressure, &[("pressure_bytes_verified", pressure::BYTES), ("memory_limit_hits", 1)]),
+            (
+                Part::Pressure,
+                &[
+                    ("pressure_bytes_verified", pressure::BYTES),
+                    ("memory_limit_hits", 1),
+                    ("pages_scanned_for_memory", 1),
+                ],
+            ),
             (Part::Closing, &[("holders_named", 1), ("ids_free_after_letting_go", 1)]),
         ];
+        let hits = self.plant.is_some_and(|plant| plant.planted(self.target.clone()).mutant.is_some());
+        context.evidence().require("mutant_hits", u64::from(hits));
         for (part, counts) in all {
             if self.does(*part) {
                 counts.iter().for_each(|(name, least)| context.evidence().require(name, *least));
@@ -233,8 +281,8 @@ impl Args {
         }
     }
 
-    fn lie(&self) -> Option<Lie> {
-        self.plant.map(Broken::lie)
+    fn offered(&self) -> Capabilities {
+        Capabilities::of(&self.target.geometry())
     }
 
     /// Makes a chain, has `work` do its work on it, and closes it from the top.
@@ -246,14 +294,14 @@ impl Args {
     ) -> Result<(), Failure> {
         let chain = self.start(context, target)?;
         let worked = work(context, &chain);
-        let closed = context.always("close from the top", Duration::from_secs(180), |context| chain.close(context));
+        let closed = context.always("close from the top", LIMIT, |context| chain.close(context));
         worked.and(closed)
     }
 
     fn start(&self, context: &mut Context, target: &TargetArgs) -> Result<Chain, Failure> {
-        let (links, lie) = (usize::from(self.links), self.lie());
+        let (links, plant) = (usize::from(self.links), self.plant);
         context.step("start", Duration::from_secs(120), |context| {
-            Chain::start(context, target, links, self.processes, lie)
+            Chain::start(context, target, links, self.processes, plant)
         })
     }
 
@@ -265,16 +313,12 @@ impl Args {
             context.detail(format!("{threads} threads that serve {} devices", chain.len()));
             Ok(())
         })?;
-        on_subject(context, chain.subject(), |context, bench| {
-            context.step("load", Duration::from_secs(180), |context| {
-                Self::draw(context, bench, Some(OPS), Vec::new())
-            })?;
-            for (number, cell) in cells().into_iter().enumerate() {
+        on_subject(context, chain.subject(), REGION, |context, bench| {
+            context.step("load", limit(context), |context| Self::draw(context, bench, Some(OPS), Vec::new()))?;
+            for (number, cell) in cells(bench.opened.capabilities).into_iter().enumerate() {
                 try_cell(context, bench, cell, number as u64)?;
             }
-            context.step("verify through a second opening", Duration::from_secs(180), |context| {
-                second_opening(context, bench)
-            })
+            context.step("verify through a second opening", LIMIT, |context| second_opening(context, bench))
         })
     }
 
@@ -282,16 +326,12 @@ impl Args {
     fn power(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
         let subject = chain.subject();
         let _ours_alone = subject.keep_to_ourselves()?;
-        let opened = subject.open()?;
-        let layout =
-            crate::torture::sharing::Layout::new(crate::torture::sharing::Sharing::Both, WORKERS, 256 << 10, &opened);
-        let books = layout.books(&opened, context.seed(), true);
-        let bench = Bench { subject, opened, layout, books };
-        context.step("power cuts", Duration::from_secs(180), |context| {
+        let bench = Bench::open(context, subject, 256 << 10, true)?;
+        context.step("power cuts", limit(context), |context| {
             let every = Duration::from_millis(1500);
             Self::draw(context, &bench, None, vec![(Outage::PowerCut, every)])
         })?;
-        context.step("verify what survived", Duration::from_secs(180), |context| second_opening(context, &bench))
+        context.step("verify what survived", LIMIT, |context| second_opening(context, &bench))
     }
 
     /// Draws operations and does them.
@@ -301,56 +341,94 @@ impl Args {
         ops: Option<u64>,
         outages: Vec<(Outage, Duration)>,
     ) -> Result<(), Failure> {
-        let opened = &bench.opened;
-        let mut options = PlanOptions::new(opened.bytes, opened.logical_block, opened.max_io_bytes, WORKERS);
-        bench.layout.apply(&mut options);
-        options.depth = DEPTH;
-        // Where the power is cut, much is to be durable.
-        options.mix = if outages.is_empty() {
-            Mix::default()
-        } else {
-            Mix { read: 20, write: 40, fua: 10, flush: 20, ..Mix::NOTHING }
-        };
-        options.size = IoSize::Any;
-        options.capabilities = opened.capabilities;
-        let seed = context.seed().derive("chain", u64::from(ops.is_none()));
-        let plan = Plan::new(options, seed).map_err(|error| Failure::Usage(error.to_string()))?;
-        let for_a_while = context.duration().unwrap_or(CUTS_FOR);
         // A duration asks for more of it.
         let ops = if context.duration().is_some() { None } else { ops };
-        let orders = Orders {
+        let for_a_while = context.duration().unwrap_or(CUTS_FOR);
+        let work = Work {
+            seed: context.seed().derive("chain", u64::from(!outages.is_empty())),
+            // Where the power is cut, much is to be durable. By flushes above all: a proxy writes with O_DSYNC what comes with
+            // FUA, and the flush that the kernel sends behind that makes up for one that was lost.
+            mix: if outages.is_empty() {
+                Mix::default()
+            } else {
+                Mix { read: 20, write: 40, fua: 1, flush: 20, ..Mix::NOTHING }
+            },
+            depth: DEPTH,
+            longest: u64::MAX,
             ops,
             until: ops.is_none().then(|| Instant::now() + for_a_while),
-            passes: false,
-            prefill: false,
-            max_io_bytes: opened.max_io_bytes,
-            stall: STALL,
-            hang: false,
+            errors_may_be: false,
+            outages,
         };
-        let workers = plan.options().workers;
-        // What a power cut leaves speaks for itself: only so is it seen that it would.
-        let accounts = outages.is_empty().then(|| Accounts::new(workers, false, opened.capabilities.flush));
-        let shared = Arc::new(Shared::new(orders, workers, accounts, Arc::clone(context.watchdog())));
-        let (subject, layout, books) = (bench.subject, &bench.layout, &bench.books);
-        Crew { subject, opened, plan: &plan, layout, books, outages }.work(context, &shared)
+        bench.work(context, work)
     }
 }
 
 fn second_opening(context: &mut Context, bench: &Bench) -> Result<(), Failure> {
-    let file = bench.subject.open()?.file;
-    let bytes = verify::all(bench.books.iter(), |buf, offset| crate::torture::read_device(&file, buf, offset))?;
+    let bytes = bench.verify()?;
     context.evidence().add("final_verified_bytes", bytes);
     context.detail(format!("{bytes} bytes"));
     Ok(())
 }
 
-/// Faults at the bottom, under load at the top.
-fn cells() -> Vec<Cell> {
+/// How long a step may take that goes on for as long as it was asked to.
+fn limit(context: &Context) -> Duration {
+    LIMIT.saturating_add(context.duration().unwrap_or_default())
+}
+
+/// Faults at the bottom, under load at the top, of what the devices offer.
+fn cells(offered: Capabilities) -> Vec<Cell> {
     let cell = |op, errno, stage, often| Cell { op, what: What::Error(errno, stage), often };
-    vec![
+    let mut cells = vec![
         cell(OpKind::Read, Errno::EIO, Stage::Before, Often::Tenth),
         cell(OpKind::Write, Errno::ENOSPC, Stage::After, Often::Tenth),
         cell(OpKind::WriteZeroes, Errno::EIO, Stage::Before, Often::Bursts),
         Cell { op: OpKind::Write, what: What::Delay, often: Often::Tenth },
-    ]
+    ];
+    cells.retain(|cell| offered.offers(cell.op));
+    cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::context::testing;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn args(arguments: &str) -> Args {
+        Line::parse_from(["chain"].into_iter().chain(arguments.split_whitespace())).args
+    }
+
+    #[test]
+    fn a_step_may_take_what_it_was_asked_to() {
+        let mut testing = testing::context();
+        assert_eq!(limit(&testing.context), LIMIT);
+        testing.context.duration = Some(Duration::from_secs(3600));
+        assert_eq!(limit(&testing.context), LIMIT + Duration::from_secs(3600));
+    }
+
+    #[test]
+    fn nobody_asks_for_what_the_devices_do_not_offer() {
+        assert_eq!(cells(args("").offered()).len(), 4);
+        assert!(cells(args("--capabilities flush,fua").offered()).iter().all(|cell| cell.op != OpKind::WriteZeroes));
+    }
+
+    #[test]
+    fn a_chain_is_judged_by_flushes_and_fua() {
+        for (arguments, right) in [
+            ("", true),
+            ("--capabilities flush,fua", true),
+            ("--capabilities flush", false),
+            ("--capabilities none", false),
+            ("--capabilities none --only closing", true),
+        ] {
+            assert_eq!(args(arguments).validate().is_ok(), right, "{arguments}");
+        }
+    }
 }

@@ -18,7 +18,7 @@ use ublkit_harness::verdict::EXIT_USAGE;
 use crate::backtrace;
 use crate::matrix;
 use crate::runner;
-use crate::scenario::{SCENARIOS, Scenario};
+use crate::scenario::{Failure, SCENARIOS, Scenario};
 use crate::units::parse_duration;
 use crate::{server, sigkill, stress};
 
@@ -67,6 +67,16 @@ pub struct CommonArgs {
     /// Print JSON lines, and nothing else, on standard output
     #[arg(long)]
     pub json: bool,
+}
+
+impl CommonArgs {
+    /// Fails if `--ops` was given to a scenario that does not count operations: it would be taken, and do nothing.
+    pub(crate) fn refuse_ops(&self, scenario: &str, instead: &str) -> Result<(), Failure> {
+        match self.ops {
+            Some(_) => Err(Failure::Usage(format!("--ops says nothing to {scenario}: {instead}"))),
+            None => Ok(()),
+        }
+    }
 }
 
 fn parse_seed(text: &str) -> Result<Seed, String> {

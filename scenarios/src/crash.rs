@@ -125,6 +125,12 @@ impl Scenario for Args {
     }
 
     fn validate(&self) -> Result<(), Failure> {
+        self.common.refuse_ops("crash", "--cuts and --duration say how much is done")?;
+        if self.target.read_only {
+            return Err(Failure::Usage(
+                "--read-only: what nobody writes no power cut loses; leave it out".to_owned(),
+            ));
+        }
         if self.target.backend != BackendKind::Medium {
             return Err(Failure::Usage(
                 "only --backend medium can lose what was not flushed; leave --backend out".to_owned(),

@@ -11,13 +11,13 @@ pub(crate) mod grid;
 pub(crate) mod plain;
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 use serde_json::{Value, json};
 use ublkit_harness::mutant::Planted;
-use ublkit_harness::{IoSize, Mix, Mutant, OpKind, Plan, PlanOptions, Seed};
+use ublkit_harness::plan::Capabilities;
+use ublkit_harness::{Mutant, OpKind, Seed};
 
 use self::grid::Cell;
 use crate::cli::CommonArgs;
@@ -25,13 +25,9 @@ use crate::context::Context;
 use crate::scenario::{Failure, Needs, Plant, Scenario};
 use crate::server::Lie;
 use crate::sysfs::BlockDir;
-use crate::target::{Target, TargetArgs};
-use crate::torture::accounts::Accounts;
-use crate::torture::crew::Crew;
-use crate::torture::device::{Opened, Subject};
-use crate::torture::shared::{Orders, Shared};
-use crate::torture::sharing::{Books, Layout, Sharing};
-use crate::torture::verify;
+use crate::target::TargetArgs;
+use crate::torture::bench::{Bench, Work, on_subject};
+use crate::torture::device::Subject;
 
 /// Runs that are short and say something: calls on the queue's thread, and on threads of their own.
 pub(crate) const SHORT: &[&[&str]] = &[
@@ -58,17 +54,14 @@ pub(crate) const PLANTS: &[Plant] = &[
     },
 ];
 
-/// Workers, and how many operations each keeps in flight.
-const WORKERS: u32 = 4;
+/// How many operations each worker keeps in flight.
 const DEPTH: u32 = 4;
 /// The regions of workers are small: every cell is verified as a whole.
-const REGION: u64 = 128 << 10;
+pub(crate) const REGION: u64 = 128 << 10;
 /// The longest request, but for some that go beyond, in bytes.
 const LONGEST: u64 = 16 << 10;
 /// How long one cell may take.
 const CELL_DEADLINE: Duration = Duration::from_secs(120);
-/// How long an operation may take before that is a hang.
-const STALL: Duration = Duration::from_secs(60);
 /// How often a cell is done over, with ever more operations, until its fault has happened.
 const TRIES: u32 = 6;
 
@@ -132,6 +125,8 @@ impl Scenario for Args {
         let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());
         options.insert("grid".to_owned(), json!(name(self.grid.to_possible_value())));
         options.insert("cells".to_owned(), json!(self.cells));
+        let only: Vec<_> = self.only.iter().map(|part| name(part.to_possible_value())).collect();
+        options.insert("only".to_owned(), json!(only));
         options.insert("plant".to_owned(), json!(self.plant.and_then(|plant| name(plant.to_possible_value()))));
         options
     }
@@ -141,6 +136,13 @@ impl Scenario for Args {
     }
 
     fn validate(&self) -> Result<(), Failure> {
+        self.common.refuse_ops("fault", "--cells and --duration say how much is done")?;
+        if self.target.mutant.is_some() && !self.does(Part::Grid) && !self.does(Part::Plain) {
+            return Err(Failure::Usage(
+                "--mutant: pieces and closing are about servers of their own; have grid or plain among the parts of --only"
+                    .to_owned(),
+            ));
+        }
         if self.target.read_only {
             return Err(Failure::Usage("--read-only: most faults are those of changes; leave it out".to_owned()));
         }
@@ -155,6 +157,12 @@ impl Scenario for Args {
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
         let evidence = context.evidence();
+        let own = [Part::Pieces, Part::Closing].map(|part| self.does(part) && self.target.mutant.is_some());
+        if own.contains(&true) {
+            context.note(
+                "beside --mutant, the parts pieces and closing are left out: they are about servers of their own",
+            );
+        }
         if self.does(Part::Grid) {
             for name in ["errors_injected", "errors_seen", "recovered_bytes", "storage_verified_bytes"] {
                 evidence.require(name, 1);
@@ -163,32 +171,15 @@ impl Scenario for Args {
         }
         if self.does(Part::Plain) {
             context.evidence().require("errnos", 1);
-            plain::check(context, &self.target)?;
+            plain::check(context, &self.served())?;
         }
         if self.does(Part::Pieces) && self.target.mutant.is_none() {
             self.in_pieces(context)?;
         }
         if self.does(Part::Closing) && self.target.mutant.is_none() {
-            closing::check(context, &self.target)?;
+            closing::check(context, &self.served())?;
         }
         if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) }
-    }
-}
-
-/// What cells are tried on.
-pub(crate) struct Bench<'a> {
-    pub(crate) subject: &'a Subject,
-    pub(crate) opened: Opened,
-    pub(crate) layout: Layout,
-    pub(crate) books: Books,
-}
-
-impl Bench<'_> {
-    fn target(&self) -> Result<&Target, Failure> {
-        match self.subject {
-            Subject::Ours(target) => Ok(target),
-            Subject::SomebodyElses { .. } => Err(Failure::Internal("faults are for devices of our own".to_owned())),
-        }
     }
 }
 
@@ -197,48 +188,66 @@ impl Args {
         self.only.is_empty() || self.only.contains(&part)
     }
 
+    /// What every part serves: with the bug that is planted.
+    fn served(&self) -> TargetArgs {
+        let lie = (self.plant == Some(Broken::ErrnoLost)).then_some(Lie::ErrnoLost);
+        TargetArgs { lie, ..self.target.clone() }
+    }
+
     fn grid(&self, context: &mut Context) -> Result<(), Failure> {
-        let mut rng = context.seed().derive("grid", 0).rng();
-        let mut cells = match self.grid {
-            Grid::Sample => grid::sample(&mut rng),
-            Grid::Whole => grid::whole(),
-        };
-        cells.truncate(self.cells.unwrap_or(usize::MAX));
-        context.evidence().require("cells", cells.len() as u64);
-        let target = TargetArgs {
-            lie: (self.plant == Some(Broken::ErrnoLost)).then_some(Lie::ErrnoLost),
-            ..self.target.clone()
-        };
+        let target = self.served();
         let until = context.duration().map(|duration| Instant::now() + duration);
-        let mut round = 0;
-        loop {
+        let mut wanted = 0;
+        for round in 0.. {
+            let cells = self.cells(context.seed(), round);
+            wanted += cells.len() as u64;
+            if round == 0 {
+                context.evidence().require("cells", wanted);
+            }
             on_a_device(context, &target, |context, bench| {
                 cells
                     .iter()
                     .enumerate()
                     .try_for_each(|(index, cell)| try_cell(context, bench, *cell, round << 32 | index as u64))
             })?;
+            context.evidence().require("cells", wanted);
             // A duration asks for more of them, each round with cells of its own.
             if until.is_none_or(|until| Instant::now() >= until) || context.interruption().came() {
-                return Ok(());
+                break;
             }
-            round += 1;
-            cells = grid::sample(&mut context.seed().derive("grid", round).rng());
         }
+        Ok(())
+    }
+
+    /// The cells of a round, in the order in which they are tried.
+    fn cells(&self, seed: Seed, round: u64) -> Vec<Cell> {
+        let mut rng = seed.derive("grid", round).rng();
+        let mut cells = match self.grid {
+            Grid::Sample => grid::sample(&mut rng),
+            Grid::Whole => grid::whole(),
+        };
+        // What the device does not offer, nobody can ask for.
+        let offered = Capabilities::of(&self.target.geometry());
+        cells.retain(|cell| offered.offers(cell.op));
+        if self.grid == Grid::Whole {
+            rng.shuffle(&mut cells);
+        }
+        cells.truncate(self.cells.unwrap_or(usize::MAX));
+        cells
     }
 
     /// Servers that answer in pieces, which is their right, with errors in the middle of it.
     fn in_pieces(&self, context: &mut Context) -> Result<(), Failure> {
         for (mutant, op) in [(Mutant::ReadInPieces, OpKind::Read), (Mutant::WriteInPieces, OpKind::Write)] {
             let mutant = Some(Planted { mutant, every: 2 });
-            let args = TargetArgs { mutant, workers_backend: 0, ..self.target.clone() };
+            let args = TargetArgs { mutant, workers_backend: 0, ..self.served() };
             on_a_device(context, &args, |context, bench| {
                 // A piece of what two operations share would fail, and both of them with it.
-                BlockDir::of(&bench.target()?.path()).set("queue/nomerges", "2")?;
+                BlockDir::of(&bench.subject.ours()?.path()).set("queue/nomerges", "2")?;
                 for (number, cell) in grid::in_pieces(op).into_iter().enumerate() {
                     try_cell(context, bench, cell, u64::MAX - number as u64)?;
                 }
-                let hits = bench.target()?.mutant_hits()?;
+                let hits = bench.subject.ours()?.mutant_hits()?;
                 context.evidence().add("answers_in_pieces", hits);
                 Ok(())
             })?;
@@ -256,7 +265,7 @@ fn on_a_device(
 ) -> Result<(), Failure> {
     let limit = Duration::from_secs(60);
     let subject = context.step("start", limit, |context| args.start(context).map(Subject::Ours))?;
-    let worked = on_subject(context, &subject, work);
+    let worked = on_subject(context, &subject, REGION, work);
     let closed = context.always("close", Duration::from_secs(120), |context| subject.close(context));
     worked.and(closed)
 }
@@ -268,7 +277,7 @@ pub(crate) fn try_cell(context: &mut Context, bench: &Bench, cell: Cell, number:
         let (mut ops, mut times) = (cell.often.ops(), 0);
         for attempt in 0..TRIES {
             let seed = context.seed().derive("cell", number).derive("attempt", attempt.into());
-            bench.target()?.replan(&cell.plan(shared, own), seed)?;
+            bench.subject.ours()?.replan(&cell.plan(shared, own), seed)?;
             times = load(context, bench, cell, ops, seed)?;
             if times > 0 || context.interruption().came() {
                 break;
@@ -276,9 +285,8 @@ pub(crate) fn try_cell(context: &mut Context, bench: &Bench, cell: Cell, number:
             ops *= 2;
         }
         // It is switched off: nothing fails any more, and every byte is what it may be.
-        let file = bench.subject.open()?.file;
-        let bytes = verify::all(bench.books.iter(), |buf, offset| crate::torture::read_device(&file, buf, offset))?;
-        file.sync_all().map_err(|error| Failure::io("flush once the fault is switched off", &error))?;
+        let bytes = bench.verify()?;
+        bench.opened.file.sync_all().map_err(|error| Failure::io("flush once the fault is switched off", &error))?;
         context.evidence().add("recovered_bytes", bytes);
         context.evidence().add("cells", u64::from(times > 0));
         context.detail(format!("{times} times"));
@@ -289,58 +297,63 @@ pub(crate) fn try_cell(context: &mut Context, bench: &Bench, cell: Cell, number:
 /// How often the fault of the cell has happened.
 fn load(context: &Context, bench: &Bench, cell: Cell, ops: u64, seed: Seed) -> Result<u64, Failure> {
     let before = happened(context);
-    let plan = plan(bench, cell.mix(), seed)?;
-    let accounts = Accounts::new(plan.options().workers, true, bench.opened.capabilities.flush);
-    let orders = Orders {
+    let work = Work {
+        seed,
+        mix: cell.mix(),
+        depth: DEPTH,
+        // Short, for the errors' sake: there are more of them.
+        longest: LONGEST,
         ops: Some(ops),
         until: None,
-        passes: false,
-        prefill: false,
-        max_io_bytes: bench.opened.max_io_bytes,
-        stall: STALL,
-        hang: false,
+        errors_may_be: true,
+        outages: Vec::new(),
     };
-    let watchdog = Arc::clone(context.watchdog());
-    let shared = Arc::new(Shared::new(orders, plan.options().workers, Some(accounts), watchdog));
-    let (subject, opened, layout, books) = (bench.subject, &bench.opened, &bench.layout, &bench.books);
-    Crew { subject, opened, plan: &plan, layout, books, outages: Vec::new() }.work(context, &shared)?;
+    bench.work(context, work)?;
     Ok(happened(context) - before)
-}
-
-fn plan(bench: &Bench, mix: Mix, seed: Seed) -> Result<Plan, Failure> {
-    let Opened { bytes, logical_block, max_io_bytes, capabilities, .. } = bench.opened;
-    // Short, for the errors' sake: there are more of them.
-    let mut options = PlanOptions::new(bytes, logical_block, max_io_bytes.min(LONGEST), WORKERS);
-    bench.layout.apply(&mut options);
-    options.depth = DEPTH;
-    options.mix = mix;
-    options.size = IoSize::Any;
-    options.capabilities = capabilities;
-    Plan::new(options, seed).map_err(|error| Failure::Usage(error.to_string()))
-}
-
-pub(crate) fn on_subject(
-    context: &mut Context,
-    subject: &Subject,
-    work: impl FnOnce(&mut Context, &Bench) -> Result<(), Failure>,
-) -> Result<(), Failure> {
-    // Whoever probes the device meanwhile would see errors that are nobody's.
-    let _ours_alone = subject.keep_to_ourselves()?;
-    let opened = subject.open()?;
-    let layout = Layout::new(Sharing::Both, WORKERS, REGION, &opened);
-    let books = layout.books(&opened, context.seed(), false);
-    let bench = Bench { subject, opened, layout, books };
-    work(context, &bench)?;
-    let storage = bench.target()?.storage();
-    context.step("verify against the storage", CELL_DEADLINE, |context| {
-        let bytes = verify::all(bench.books.iter(), |buf, offset| storage.read_at(buf, offset))?;
-        context.evidence().add("storage_verified_bytes", bytes);
-        context.detail(format!("{bytes} bytes"));
-        Ok(())
-    })
 }
 
 /// Faults until now, whatever their kind.
 fn happened(context: &Context) -> u64 {
     context.evidence().snapshot().count("faults")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        args: Args,
+    }
+
+    fn cells(arguments: &str, seed: u64, round: u64) -> Vec<Cell> {
+        let line = Line::parse_from(["fault"].into_iter().chain(arguments.split_whitespace()));
+        line.args.cells(Seed::new(seed), round)
+    }
+
+    #[test]
+    fn every_round_has_what_was_asked_for_and_cells_of_its_own() {
+        for grid in ["", "--grid whole"] {
+            let rounds = [0, 1, 2].map(|round| cells(&format!("{grid} --cells 30"), 1, round));
+            assert!(rounds.iter().all(|cells| cells.len() == 30), "{grid}");
+            assert!(rounds[0] != rounds[1] && rounds[1] != rounds[2], "{grid}");
+            assert_ne!(rounds[0], cells(&format!("{grid} --cells 30"), 2, 0), "{grid}: drawn from the seed");
+            let of_many: std::collections::BTreeSet<_> = rounds[0].iter().map(|cell| cell.op).collect();
+            assert!(of_many.len() > 2, "{grid}: {of_many:?}");
+        }
+        assert!(cells("--grid whole", 1, 1).len() > 1900);
+    }
+
+    #[test]
+    fn nobody_asks_for_what_the_device_does_not_offer() {
+        for grid in ["sample", "whole"] {
+            let ops = |list: &str| -> std::collections::BTreeSet<_> {
+                cells(&format!("--grid {grid} --capabilities {list}"), 1, 0).iter().map(|cell| cell.op).collect()
+            };
+            assert_eq!(ops("flush"), [OpKind::Read, OpKind::Write, OpKind::Flush].into());
+            assert_eq!(ops("flush,fua,discard,zeroes"), grid::OPS.into());
+        }
+    }
 }

@@ -33,18 +33,19 @@ use serde_json::{Value, json};
 use self::judge::Rules;
 use self::kernel::{Requests, Trace};
 use self::numbers::{Numbers, duration};
+use self::planted::Bug;
 use self::story::Story;
 use self::workload::{Kind, Played, Stage, WritebackAge};
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, DURATION_VARIABLE};
 use crate::clock::nanoseconds;
 use crate::context::Context;
 use crate::gates::KernelVersion;
 use crate::probe::filesystem::{Mounted, make};
 use crate::scenario::{Failure, Needs, Scenario};
-use crate::target::{Target, TargetArgs};
+use crate::target::{Mode, Target, TargetArgs};
 use crate::units::{format_bytes, parse_duration};
 
-pub(crate) use self::planted::{Bug, Buggy, LOSE, PLANTS};
+pub(crate) use self::planted::PLANTS;
 pub(crate) use self::recorder::{Recorded, Recorder, Recording, cost_ns};
 
 /// How much longer than its own settings say the kernel may take to write back.
@@ -53,14 +54,16 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const SIZE_MIN: u64 = 32 << 20;
 /// How long requests that are under way may take to end before the recording is taken.
 const SETTLE: Duration = Duration::from_secs(10);
+/// How often it is looked whether they have.
+const LOOK: Duration = Duration::from_millis(20);
 
 /// What the server is told about recording.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Tracing {
     /// How many calls there is room for.
     pub(crate) room: usize,
-    /// A bug of its own.
-    pub(crate) bug: Option<Bug>,
+    /// One in so many calls is forgotten without being counted: a planted bug. 0 for none.
+    pub(crate) lose: u64,
 }
 
 /// The arguments of `flush-trace`, and so the scenario.
@@ -114,6 +117,20 @@ impl Scenario for Args {
     }
 
     fn validate(&self) -> Result<(), Failure> {
+        self.common.refuse_ops("flush-trace", "--rounds says how much is done")?;
+        if self.common.duration.is_some() {
+            return Err(Failure::Usage(
+                "--duration says nothing to flush-trace, whose recording has room for so much: use --rounds, and \
+                 --records if they are many"
+                    .to_owned(),
+            ));
+        }
+        if self.target.read_only {
+            return Err(Failure::Usage(
+                "--read-only: flush-trace makes a file system on the device and writes to it; leave it out"
+                    .to_owned(),
+            ));
+        }
         if self.target.size < SIZE_MIN {
             return Err(Failure::Usage(format!(
                 "--size {}: flush-trace makes a file system on the device; choose {} or more",
@@ -134,6 +151,9 @@ impl Scenario for Args {
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
+        if context.duration().is_some() {
+            context.note(format!("{DURATION_VARIABLE} is passed over: flush-trace goes by --rounds"));
+        }
         let evidence = context.evidence();
         let phases = u64::from(self.rounds) * (Kind::ALL.len() as u64 - 1) + 1;
         for (name, minimum) in [
@@ -145,12 +165,14 @@ impl Scenario for Args {
             ("durable_calls", phases),
             ("flushes_recorded", if self.flushes() { u64::from(self.rounds) * 2 } else { 0 }),
             ("time_attributed_percent", 99),
+            ("mutant_hits", u64::from(self.target.mutant.is_some())),
         ] {
             evidence.require(name, minimum);
         }
         let target = context.step("start", Duration::from_secs(60), |context| {
-            let tracing = Some(Tracing { room: self.records, bug: self.plant });
-            let target = TargetArgs { tracing, ..self.target.clone() }.start(context)?;
+            let tracing = Some(Tracing { room: self.records, lose: self.plant.map_or(0, Bug::lose) });
+            let lie = self.plant.and_then(Bug::lie);
+            let target = TargetArgs { lie, tracing, ..self.target.clone() }.start(context)?;
             context.detail(format!("{} of {}", target.path().display(), format_bytes(target.geometry().size)));
             Ok(target)
         })?;
@@ -171,22 +193,22 @@ impl Args {
         let trace = context.step("watch", s(20), |_| Trace::start(&target.path()))?;
         let since = nanoseconds();
         context.step("mkfs", s(120), |context| make(context, target))?;
-        let mounted = context.step("mount", s(60), |_| Mounted::mount(&target.path()))?;
+        let mounted = context.step("mount", s(60), |context| Mounted::mount(context, &target.path()))?;
         let played = self.play(context, target, mounted.path());
         let unmounted = context.always("unmount", s(120), |_| mounted.unmount());
         let played = played?;
         unmounted?;
         let (story, numbers) = context.step("put together", s(60), |context| {
             let (recording, requests) = settled(target, &trace)?;
-            let options = self.target.options();
-            let text = |name: &str| options.get(name).map(ToString::to_string).unwrap_or_default();
+            let TargetArgs { backend, size, queues, workers_backend, mode, .. } = &self.target;
             let device = format!(
-                "{} on {}, queues: {}, workers: {}, data copied by {}",
-                format_bytes(self.target.size),
-                text("backend").trim_matches('"'),
-                text("queues"),
-                text("workers_backend"),
-                if text("mode").contains("user") { "the server" } else { "the driver" }
+                "{} on {}, queues: {queues}, workers: {workers_backend}, data copied by {}",
+                format_bytes(*size),
+                backend.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default(),
+                match mode {
+                    Mode::Copy => "the driver",
+                    Mode::UserCopy => "the server",
+                }
             );
             let release = nix::sys::utsname::uname().map_or_else(
                 |_| KernelVersion::here().to_string(),
@@ -239,7 +261,7 @@ impl Args {
     }
 
     fn play(&self, context: &mut Context, target: &Target, dir: &Path) -> Result<Vec<Played>, Failure> {
-        let _until_the_end = self.writeback_age.map(WritebackAge::set).transpose()?;
+        let _until_the_end = self.writeback_age.map(|age| WritebackAge::set(context, age)).transpose()?;
         let age = WritebackAge::of_this_machine()?.ok_or_else(|| {
             Failure::Environment(
                 "this kernel does not write back by itself (vm.dirty_writeback_centisecs is 0): add --writeback-age 2s"
@@ -292,14 +314,25 @@ impl Args {
 /// What was seen on both sides, once nothing is under way any more.
 fn settled(target: &Target, trace: &Trace) -> Result<(Recording, Requests), Failure> {
     let deadline = Instant::now() + SETTLE;
+    let mut before = trace.requests()?;
     loop {
-        // In this order: what the kernel has seen ended has been recorded by then.
+        std::thread::sleep(LOOK);
         let requests = trace.requests()?;
-        let recording = target.recording()?;
-        let quiet = requests.all.iter().all(|request| request.completed.is_some());
-        if (quiet && trace.requests()? == requests) || Instant::now() > deadline {
-            return Ok((recording, requests));
+        let open = requests.all.iter().filter(|request| request.completed.is_none()).count();
+        // Where events were lost, ends may be among them: the evidence says that there is no telling.
+        if (open == 0 || requests.lost > 0) && requests == before {
+            // Afterwards: what the kernel has seen ended has been recorded by then.
+            let recording = target.recording()?;
+            if trace.requests()? == requests {
+                return Ok((recording, requests));
+            }
         }
-        std::thread::sleep(Duration::from_millis(20));
+        if Instant::now() > deadline {
+            return Err(Failure::Hang(format!(
+                "{SETTLE:?} after the file system was unmounted, {open} of {} requests had not ended, or more were coming",
+                requests.all.len()
+            )));
+        }
+        before = requests;
     }
 }

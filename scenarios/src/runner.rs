@@ -27,7 +27,7 @@ use crate::environment::{self, Host};
 use crate::junit::JUnit;
 use crate::kernel_log::KernelLog;
 use crate::page::Page;
-use crate::runs::StateDir;
+use crate::runs::{RunRecord, StateDir};
 use crate::scenario::{Failure, Scenario};
 use crate::server;
 
@@ -138,9 +138,11 @@ fn begin(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -
 
 /// Runs the scenario with signals caught and the watchdog awake.
 fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -> Result<(), Failure> {
-    let lost = ending.clone();
+    let state = StateDir::default();
+    let record = state.record();
+    let lost = (ending.clone(), record.clone());
     let options = WatchdogOptions { backtraces: Some(Arc::new(backtrace::of)), ..WatchdogOptions::default() };
-    let watchdog = Watchdog::start(options, move |report| lose(report, &lost));
+    let watchdog = Watchdog::start(options, move |report| lose(report, &lost.0, &lost.1));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
     let real = scenario.needs().ublk || scenario.options().get("device").is_some_and(|device| !device.is_null());
@@ -149,7 +151,6 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     dump::ask_for_all(&watchdog, log, scenario.common().report.clone());
     let interruption = Interruption::default();
     let listener = Listener::start(interruption.clone(), ending.sink.clone(), Arc::clone(&watchdog))?;
-    let state = StateDir::default();
     if scenario.needs().ublk {
         let looking = watchdog.guard("clean up after earlier runs", CLEAN_UP);
         for remark in state.clean_gone_runs() {
@@ -166,7 +167,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         evidence: ending.evidence.clone(),
         watchdog,
         interruption,
-        record: state.record(),
+        record,
         detail: String::new(),
         deadline: scenario.common().deadline,
         io_is_sound: false,
@@ -189,8 +190,9 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     result
 }
 
-/// Ends the process, for something hangs: it tells everything that was found, and sees to it that no device is left.
-fn lose(report: HangReport, ending: &Ending) {
+/// Ends the process, for something hangs: it tells everything that was found, and sees to it that no device is left and
+/// that what was changed of the machine is as it was.
+fn lose(report: HangReport, ending: &Ending, record: &RunRecord) {
     // Whatever comes: nobody waits for this process for longer.
     let _ = thread::Builder::new().name("last-resort".to_owned()).spawn(|| {
         thread::sleep(LAST_RESORT);
@@ -198,7 +200,7 @@ fn lose(report: HangReport, ending: &Ending) {
     });
     ending.sink.send(Event::Hang(report.into()));
     // What this process waits for fails then, so that it can end.
-    for remark in server::kill_all() {
+    for remark in server::kill_all().into_iter().chain(record.put_back()) {
         ending.sink.send(Event::note(remark));
     }
     let code = ending.verdict(Verdict::Hang);

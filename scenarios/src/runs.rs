@@ -1,9 +1,12 @@
-//! Which devices each run made, kept where the next run finds it after a `SIGKILL`.
+//! Which devices each run made and what else it changed, kept where the next run finds it after a `SIGKILL`.
 //!
-//! Each run that makes devices has a file `/run/ublk-torture/PID-STARTTIME.json` for as long as one of them exists. A file
+//! Each run that makes devices, mounts something or changes a setting of the machine has a file
+//! `/run/ublk-torture/PID-STARTTIME.json` for as long as that lasts. What was changed the next run puts back. A file
 //! whose process is gone tells the next run what it may clean: devices that this program made, that are still the
 //! same ones (by their inode in sysfs, whose numbers are not used again), and that nobody serves. A device that is killed
 //! between its creation and its entry in the file, a matter of milliseconds, is not found this way.
+
+mod undo;
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, ErrorKind, Write};
@@ -15,6 +18,8 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;
 use serde::{Deserialize, Serialize};
 use ublkit::{Controller, orphan};
+
+pub(crate) use self::undo::{Change, Undo};
 
 /// Where the files are.
 const STATE_DIR: &str = "/run/ublk-torture";
@@ -35,6 +40,9 @@ struct Run {
     /// In clock ticks since boot: tells a process from a later one with the same number.
     start_time: u64,
     devices: Vec<Made>,
+    /// What puts back what it changed, in the order of the changes.
+    #[serde(default)]
+    undo: Vec<Undo>,
 }
 
 /// The record of this run. Clones are the same record.
@@ -141,6 +149,13 @@ impl StateDir {
             run.devices.iter().filter(|made| this_boot && self.is_still(made)).map(|made| made.id).collect();
         let mut told = Vec::new();
         let mut left = false;
+        // Before the devices: what is mounted on one of them holds it.
+        for undo in run.undo.iter().rev().filter(|_| this_boot) {
+            if let Err(error) = undo.run(undo::PATIENCE) {
+                told.push(format!("left behind by an earlier run (pid {}): {error}", run.pid));
+                left = true;
+            }
+        }
         if !ours.is_empty() {
             match cleaner.clean(&ours) {
                 Ok(outcomes) => {
@@ -173,6 +188,7 @@ impl StateDir {
             pid,
             start_time: self.start_time(pid).unwrap_or_default(),
             devices: Vec::new(),
+            undo: Vec::new(),
         };
         RunRecord(Arc::new(Mutex::new(Kept { state: self.clone(), run, failure: None })))
     }
@@ -180,7 +196,7 @@ impl StateDir {
     fn write(&self, run: &Run) -> io::Result<()> {
         let name = format!("{}-{}", run.pid, run.start_time);
         let path = self.dir.join(format!("{name}.json"));
-        if run.devices.is_empty() {
+        if run.devices.is_empty() && run.undo.is_empty() {
             return match fs::remove_file(path) {
                 Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
                 _ => Ok(()),
@@ -275,13 +291,13 @@ mod tests {
     use super::*;
 
     /// A machine of files: `/proc`, `/sys` and `/run` under one temporary directory.
-    struct Machine {
+    pub(super) struct Machine {
         state: StateDir,
-        _root: tempfile::TempDir,
+        root: tempfile::TempDir,
     }
 
     impl Machine {
-        fn new() -> Self {
+        pub(super) fn new() -> Self {
             let root = tempfile::tempdir().expect("temp dir");
             let state = StateDir {
                 dir: root.path().join("run"),
@@ -290,10 +306,18 @@ mod tests {
             };
             fs::create_dir_all(state.proc.join("sys/kernel/random")).expect("mkdir");
             fs::create_dir_all(state.sys.join("class/ublk-char")).expect("mkdir");
-            let machine = Self { state, _root: root };
+            let machine = Self { state, root };
             machine.boot("first");
             machine.process(std::process::id(), 'R', 77);
             machine
+        }
+
+        pub(super) fn state(&self) -> &StateDir {
+            &self.state
+        }
+
+        pub(super) fn root(&self) -> &Path {
+            self.root.path()
         }
 
         fn boot(&self, id: &str) {
@@ -315,7 +339,7 @@ mod tests {
             fs::remove_file(self.state.sys.join(format!("class/ublk-char/ublkc{id}"))).expect("remove");
         }
 
-        fn records(&self) -> usize {
+        pub(super) fn records(&self) -> usize {
             fs::read_dir(&self.state.dir).map_or(0, |dir| {
                 dir.filter(|entry| entry.as_ref().expect("entry").path().extension().is_some_and(|it| it == "json"))
                     .count()
@@ -323,14 +347,14 @@ mod tests {
         }
 
         /// The ids that a new run cleans, all of which are dead but `alive`.
-        fn clean(&self, alive: &[u32]) -> Vec<u32> {
+        pub(super) fn clean(&self, alive: &[u32]) -> Vec<u32> {
             let cleaner = FakeCleaner { alive, asked: RefCell::default() };
             self.state.clean_with(&cleaner);
             cleaner.asked.into_inner()
         }
 
         /// The same process number, another process.
-        fn kill_this_process(&self) {
+        pub(super) fn kill_this_process(&self) {
             self.process(std::process::id(), 'R', 78);
         }
     }

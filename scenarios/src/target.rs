@@ -563,7 +563,8 @@ impl Target {
         self.open_with(0)
     }
 
-    fn open_with(&self, flags: i32) -> Result<File, Failure> {
+    /// Opens the block device with these flags beside those for reading and writing.
+    pub(crate) fn open_with(&self, flags: i32) -> Result<File, Failure> {
         let path = self.path();
         OpenOptions::new()
             .read(true)

@@ -9,6 +9,7 @@
 //! storage.
 
 pub(crate) mod accounts;
+pub(crate) mod bench;
 mod book;
 pub(crate) mod crew;
 pub(crate) mod device;

@@ -63,6 +63,15 @@ fn what_cannot_be_understood_is_a_usage_error() {
         (&["probe", "--capabilities", "flight"], "discard"),
         (&["probe", "--mutant", "no-such-bug"], "lost-write"),
         (&["probe", "--mutant", "lost-write:0"], "from 1"),
+        (&["crash", "--backend", "medium", "--read-only"], "--read-only"),
+        (&["crash", "--backend", "medium", "--ops", "9"], "--cuts"),
+        (&["flush-trace", "--read-only"], "--read-only"),
+        (&["flush-trace", "--ops", "9"], "--rounds"),
+        (&["flush-trace", "--duration", "9s"], "--rounds"),
+        (&["fault", "--ops", "9"], "--cells"),
+        (&["fault", "--mutant", "error-swallowed", "--only", "pieces,closing"], "grid or plain"),
+        (&["chain", "--ops", "9"], "--duration"),
+        (&["chain", "--capabilities", "flush"], "flush and fua"),
     ] {
         let output = torture(args);
         assert_eq!(code(&output), 1, "{args:?}");

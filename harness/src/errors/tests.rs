@@ -307,9 +307,7 @@ fn the_accounts_agree_with_the_naive_check() {
         order.extend((0..history.calls.len()).map(|at| (false, at)));
         let calls_late = rng.chance(1, 2);
         if calls_late {
-            for at in (1..order.len()).rev() {
-                order.swap(at, rng.below(at as u64 + 1) as usize);
-            }
+            rng.shuffle(&mut order);
         } else {
             order.sort_by_key(|(is_op, at)| (if *is_op { history.ops[*at].5 } else { history.calls[*at].2 }, *is_op));
         }

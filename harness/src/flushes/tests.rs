@@ -1,7 +1,7 @@
 //! The oracle agrees with a check of everything against everything; a right device is never found, and liars are.
 
 use super::*;
-use crate::seed::{Seed, SeededRng};
+use crate::seed::Seed;
 
 fn id(index: u64) -> OpId {
     OpId { worker: 2, index }
@@ -119,12 +119,6 @@ fn naive(calls: &[Call], ops: &[Acknowledged], volatile: bool) -> usize {
     ops.iter().filter(wrong).count()
 }
 
-fn shuffle<T>(items: &mut [T], rng: &mut SeededRng) {
-    for at in (1..items.len()).rev() {
-        items.swap(at, rng.below(at as u64 + 1) as usize);
-    }
-}
-
 #[test]
 fn the_oracle_agrees_with_the_naive_check() {
     let mut rng = Seed::new(4).rng();
@@ -143,7 +137,7 @@ fn the_oracle_agrees_with_the_naive_check() {
         let volatile = rng.chance(3, 4);
         let mut order: Vec<_> =
             (0..calls.len()).map(|at| (false, at)).chain((0..ops.len()).map(|at| (true, at))).collect();
-        shuffle(&mut order, &mut rng);
+        rng.shuffle(&mut order);
         let mut flushes = Flushes::new(volatile);
         let mut found = 0;
         while let Some((is_op, at)) = order.pop() {

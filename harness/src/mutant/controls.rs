@@ -32,9 +32,7 @@ pub(super) fn plant(
 /// The numbers below `count`, in an order that is drawn.
 pub(super) fn shuffled(rng: &mut SeededRng, count: usize) -> Vec<usize> {
     let mut order: Vec<_> = (0..count).collect();
-    for at in (1..count).rev() {
-        order.swap(at, rng.below(at as u64 + 1) as usize);
-    }
+    rng.shuffle(&mut order);
     order
 }
 

@@ -9,7 +9,6 @@ use crate::aligned::AlignedBuf;
 use crate::context::Context;
 use crate::scenario::Failure;
 use crate::target::{Patience, TargetArgs};
-use crate::torture::device::Subject;
 
 /// How long the close waits for whoever holds the device, and how long it may take beyond that on a slow machine.
 const DELETE: Duration = Duration::from_secs(1);
@@ -28,10 +27,7 @@ pub(super) fn check(args: &Args, context: &mut Context) -> Result<(), Failure> {
         let (id, path) = (bottom.id(), bottom.path());
         let above: Vec<_> = below.collect();
         // Who holds it: the server of the device on it.
-        let holder = match (above.first(), &top) {
-            (Some(next), _) | (None, Subject::Ours(next)) => next.server_pid(),
-            (None, Subject::SomebodyElses(_)) => 0,
-        };
+        let holder = above.first().map_or_else(|| top.ours(), Ok)?.server_pid();
         let file = top.open()?.file;
         let began = Instant::now();
         let told = bottom.close_while_held();

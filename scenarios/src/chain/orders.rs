@@ -1,7 +1,7 @@
 //! One write at a time, made durable by a flush or by FUA: it is durable at the bottom when the top says so.
 
-use std::fs::{File, OpenOptions};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::time::Duration;
 
 use nix::libc;
@@ -25,9 +25,6 @@ pub(super) fn check(context: &mut Context, chain: &Chain) -> Result<(), Failure>
 }
 
 fn flushes(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
-    if !chain.bottom()?.geometry().volatile_cache {
-        return Err(Failure::Usage("--capabilities: a chain is to have flush and fua".to_owned()));
-    }
     let _ours_alone = crate::torture::device::locked(chain.top()?)?;
     let file = chain.top()?.open_direct()?;
     let flushed = each(context, chain, OpKind::Flush, &file, |counts| counts.flushes)?;
@@ -37,15 +34,10 @@ fn flushes(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
 }
 
 fn fua(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
-    if !chain.bottom()?.geometry().fua {
-        return Err(Failure::Usage("--capabilities: a chain is to have flush and fua".to_owned()));
-    }
     let top = chain.top()?;
     let _ours_alone = crate::torture::device::locked(top)?;
     // What is written so is a write with FUA, and a flush behind it (blkdev_write_iter).
-    let open =
-        OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT | libc::O_DSYNC).open(top.path());
-    let file = open.map_err(|error| Failure::io("open the top with O_DSYNC", &error))?;
+    let file = top.open_with(libc::O_DIRECT | libc::O_DSYNC)?;
     let written = each(context, chain, OpKind::WriteFua, &file, |counts| counts.fua_writes)?;
     context.evidence().add("fua_writes_at_the_bottom", written);
     context.detail(format!("{written} at the bottom for {ROUNDS} at the top"));

@@ -1,8 +1,8 @@
 //! Devices, each but the lowest kept on the one below.
 
+use super::Broken;
 use crate::context::Context;
 use crate::scenario::Failure;
-use crate::server::Lie;
 use crate::target::{Target, TargetArgs};
 use crate::torture::device::Subject;
 
@@ -14,18 +14,21 @@ pub(super) struct Chain {
 }
 
 impl Chain {
-    /// Starts `links` devices. The lowest proxy is planted with `lie`.
+    /// Starts `links` devices. The lowest proxy is planted with `plant`.
     pub(super) fn start(
         context: &Context,
         args: &TargetArgs,
         links: usize,
         processes: bool,
-        lie: Option<Lie>,
+        plant: Option<Broken>,
     ) -> Result<Self, Failure> {
         let mut targets = vec![args.start(context)?];
-        let mut lie = lie;
+        let mut plant = plant;
         while targets.len() < links {
-            let proxy = TargetArgs { lie: lie.take(), ..args.clone() };
+            let proxy = match plant.take() {
+                Some(broken) => broken.planted(args.clone()),
+                None => args.clone(),
+            };
             let started = match targets.last() {
                 Some(below) => proxy.start_over(context, below, processes),
                 None => return Err(Failure::Internal("a chain has no bottom".to_owned())),
@@ -57,24 +60,12 @@ impl Chain {
 
     /// The device at the top.
     pub(super) fn top(&self) -> Result<&Target, Failure> {
-        match &self.top {
-            Subject::Ours(target) => Ok(target),
-            Subject::SomebodyElses(_) => Err(Failure::Internal("a chain is of our own devices".to_owned())),
-        }
+        self.top.ours()
     }
 
     /// The device that keeps the bytes.
     pub(super) fn bottom(&self) -> Result<&Target, Failure> {
         self.below.first().ok_or_else(|| Failure::Internal("a chain has no bottom".to_owned()))
-    }
-
-    /// Process ids of the servers, each once.
-    pub(super) fn servers(&self) -> Result<Vec<u32>, Failure> {
-        let mut pids: Vec<u32> = self.below.iter().map(Target::server_pid).collect();
-        pids.push(self.top()?.server_pid());
-        pids.sort_unstable();
-        pids.dedup();
-        Ok(pids)
     }
 
     /// Fails unless every thread that serves one of them is marked as part of the I/O path. Returns how many there are.

@@ -113,9 +113,9 @@ fn on_device(
     let s = Duration::from_secs;
     let seed = plan.seed.derive(kind.name, 0);
     let marks = Content::new(seed.derive("content", 0).get());
-    let mounted = context.step(&step("mkfs and mount"), s(240), |_| {
+    let mounted = context.step(&step("mkfs and mount"), s(240), |context| {
         tool(kind.mkfs, &target.path())?;
-        Mounted::mount_as(&target.path(), kind.kernel_name, kind.mount_options)
+        Mounted::mount_as(context, &target.path(), kind.kernel_name, kind.mount_options)
     })?;
     let used = context.step(&step("directories"), s(60), |_| directories(mounted.path(), marks)).and_then(|places| {
         (0..plan.cuts).try_for_each(|number| {

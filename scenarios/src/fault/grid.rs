@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use nix::errno::Errno as Number;
 use ublkit_harness::fault::{Effect, Errno, FaultPlan, Ops, Rule, Stage, Trigger};
 use ublkit_harness::{Mix, OpKind, SectorRange, SeededRng};
 
@@ -11,7 +12,8 @@ pub(super) const OPS: [OpKind; 5] =
 
 /// Some that the kernel makes an `EIO` of, beside those that it keeps: a permission, an interruption, a missing device, a
 /// read-only one, a quota, a lost connection.
-const TURNED: [i32; 6] = [1, 4, 6, 30, 122, 104];
+const TURNED: [Number; 6] =
+    [Number::EPERM, Number::EINTR, Number::ENXIO, Number::EROFS, Number::EDQUOT, Number::ECONNRESET];
 
 /// How often a fault happens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -67,14 +69,7 @@ impl fmt::Display for Cell {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}: ", self.op)?;
         match self.what {
-            What::Error(errno, stage) => {
-                let stage = match stage {
-                    Stage::Before => "before",
-                    Stage::Partway => "partway",
-                    Stage::After => "after",
-                };
-                write!(f, "{errno} {stage}")?;
-            }
+            What::Error(errno, stage) => write!(f, "{errno} {stage}")?,
             What::Panic => f.write_str("panic")?,
             What::Delay => f.write_str("delay")?,
         }
@@ -91,7 +86,7 @@ impl fmt::Display for Cell {
 
 /// Every errno of the grid.
 pub(super) fn errnos() -> Vec<Errno> {
-    Errno::kept().chain(TURNED.into_iter().filter_map(Errno::new)).collect()
+    Errno::kept().chain(TURNED.into_iter().filter_map(|number| Errno::new(number as i32))).collect()
 }
 
 /// Every cell there is.
@@ -128,7 +123,7 @@ pub(super) fn sample(rng: &mut SeededRng) -> Vec<Cell> {
         STAGES.into_iter().flat_map(|stage| Often::ALL.map(|often| (stage, often))).collect();
     for op in OPS {
         let mut order = pairs.clone();
-        shuffle(&mut order, rng);
+        rng.shuffle(&mut order);
         let mut turns = order.into_iter().cycle();
         for errno in errnos() {
             // There are fewer pairs than errnos, so that each pair has its turn.
@@ -150,14 +145,8 @@ pub(super) fn sample(rng: &mut SeededRng) -> Vec<Cell> {
             cells.push(Cell { op, what, often: Often::Tenth });
         }
     }
-    shuffle(&mut cells, rng);
+    rng.shuffle(&mut cells);
     cells
-}
-
-fn shuffle<T>(items: &mut [T], rng: &mut SeededRng) {
-    for last in (1..items.len()).rev() {
-        items.swap(last, rng.below(last as u64 + 1) as usize);
-    }
 }
 
 impl Cell {

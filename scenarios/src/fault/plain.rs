@@ -8,6 +8,7 @@ use std::time::Duration;
 use ublkit::blkdev;
 use ublkit_harness::OpKind;
 use ublkit_harness::fault::{Effect, Errno, FaultPlan, Ops, Rule, Stage};
+use ublkit_harness::plan::Capabilities;
 
 use super::grid::{OPS, errnos};
 use crate::aligned::AlignedBuf;
@@ -31,15 +32,9 @@ pub(super) fn check(context: &mut Context, args: &TargetArgs) -> Result<(), Fail
 pub(crate) fn each(context: &mut Context, target: &Target) -> Result<(), Failure> {
     let _ours_alone = crate::torture::device::locked(target)?;
     let file = target.open_direct()?;
-    let geometry = target.geometry();
-    let offered = |op: OpKind| match op {
-        OpKind::Flush => geometry.volatile_cache,
-        OpKind::Discard => geometry.discard.is_some(),
-        OpKind::WriteZeroes => geometry.write_zeroes.is_some(),
-        _ => true,
-    };
+    let offered = Capabilities::of(target.geometry());
     let mut tried = 0;
-    for op in OPS.into_iter().filter(|op| offered(*op)) {
+    for op in OPS.into_iter().filter(|op| offered.offers(*op)) {
         for errno in errnos() {
             let rule =
                 Rule { times: Some(1), ..Rule::new(Ops::only(op), Effect::Error { errno, stage: Stage::Before }) };

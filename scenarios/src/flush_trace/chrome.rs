@@ -113,9 +113,7 @@ mod tests {
 
     /// Every name that a complete or asynchronous event may have, for whoever reads the trace by program.
     fn known_names() -> Vec<String> {
-        let kinds =
-            [OpKind::Read, OpKind::Write, OpKind::WriteFua, OpKind::Flush, OpKind::Discard, OpKind::WriteZeroes];
-        kinds.iter().map(ToString::to_string).chain(Why::ALL.iter().map(|why| why.name().to_owned())).collect()
+        OpKind::ALL.iter().map(ToString::to_string).chain(Why::ALL.iter().map(|why| why.name().to_owned())).collect()
     }
 
     /// What the format asks for: "Trace Event Format", the document that Perfetto and `chrome://tracing` go by.

@@ -6,10 +6,11 @@ use ublkit_harness::OpKind;
 
 use super::kernel::Request;
 use super::matching::Served;
-use super::numbers::{Numbers, bytes, duration, sentence};
+use super::numbers::{Numbers, duration, sentence};
 use super::story::Story;
 use crate::context::Context;
 use crate::scenario::Failure;
+use crate::units::format_rounded;
 
 /// How many of a kind are listed.
 const LISTED: usize = 8;
@@ -28,7 +29,6 @@ pub(super) fn judge(context: &Context, story: &Story, numbers: &Numbers, rules: 
     count(context, story);
     records(story)?;
     calls(story)?;
-    order(story)?;
     durability(story, rules)?;
     server(story, numbers, rules)
 }
@@ -67,8 +67,11 @@ fn attributed_percent(story: &Story) -> u64 {
 }
 
 fn describe(request: &Request) -> String {
-    let place =
-        if request.len == 0 { String::new() } else { format!(" of {} at {}", bytes(request.len), request.offset) };
+    let place = if request.len == 0 {
+        String::new()
+    } else {
+        format!(" of {} at {}", format_rounded(request.len), request.offset)
+    };
     format!("{}{place}", request.kind)
 }
 
@@ -150,14 +153,6 @@ fn overtaken(story: &Story) -> Vec<String> {
     pairs.iter().map(line).collect()
 }
 
-/// A flush reached the backend after the writes that it covers.
-fn order(story: &Story) -> Result<(), Failure> {
-    let mut found = overtaken(story);
-    let Some(first) = found.first().cloned() else { return Ok(()) };
-    found.truncate(LISTED);
-    Err(Failure::broke_with("flush", first, found))
-}
-
 /// What an application was told to be durable had been written and flushed when it was told.
 fn durability(story: &Story, rules: Rules) -> Result<(), Failure> {
     if story.recording.overflow > 0 {
@@ -176,8 +171,8 @@ fn durability(story: &Story, rules: Rules) -> Result<(), Failure> {
         if written < phase.written {
             let what = format!(
                 "{phase_name}: {name} returned when {} of {} had reached the backend",
-                bytes(written),
-                bytes(phase.written)
+                format_rounded(written),
+                format_rounded(phase.written)
             );
             return Err(Failure::broke("flush", what));
         }
@@ -189,7 +184,7 @@ fn durability(story: &Story, rules: Rules) -> Result<(), Failure> {
         if rules.flushes && !flushed {
             let what = format!(
                 "{phase_name}: {name} returned, and after the last of {} no flush and no FUA write had reached the backend",
-                bytes(phase.written)
+                format_rounded(phase.written)
             );
             return Err(Failure::broke("flush", what));
         }

@@ -5,6 +5,8 @@ use ublkit_harness::OpKind;
 
 use super::attribution::{Gap, Shares, Why, gaps};
 use super::story::{Phase, Story};
+use crate::table::Table;
+use crate::units::format_rounded;
 
 /// How many of the largest gaps are told.
 const GAPS: usize = 5;
@@ -107,55 +109,57 @@ impl Numbers {
         }
     }
 
-    /// The table, a line each.
+    /// The tables, a line each.
     pub(super) fn table(&self) -> Vec<String> {
-        let mut lines = vec![format!(
-            "{:<12} {:>9} {:>5} {:>7} {:>10} {:>10}  {:>7} {:>7} {:>7} {:>7}  largest gap",
-            "phase", "time", "calls", "flushes", "bytes", "MiB/s", "backend", "server", "kernel", "nothing"
-        )];
+        let mut phases = Table::new([
+            "phase",
+            "time",
+            "calls",
+            "flushes",
+            "bytes",
+            "bytes/s",
+            "backend",
+            "server",
+            "kernel",
+            "nothing",
+            "largest gap",
+        ]);
         for phase in &self.phases {
             let shares = phase.shares_ns;
             let percent = |part: u64| format!("{:.1} %", shares.percent(part));
-            let gap = phase
-                .largest_gaps
-                .first()
-                .map_or_else(String::new, |gap| format!("{} {}", duration(gap.span.len()), gap.mostly.name()));
-            lines.push(format!(
-                "{:<12} {:>9} {:>5} {:>7} {:>10} {:>10.1}  {:>7} {:>7} {:>7} {:>7}  {gap}",
-                phase.name,
+            let gap = phase.largest_gaps.first();
+            phases.row([
+                phase.name.to_owned(),
                 duration(phase.duration_ns),
-                phase.calls,
-                phase.flushes,
-                bytes(phase.bytes),
-                phase.bytes_per_s / f64::from(1 << 20),
+                phase.calls.to_string(),
+                phase.flushes.to_string(),
+                format_rounded(phase.bytes),
+                format_rounded(phase.bytes_per_s as u64),
                 percent(shares.backend),
                 percent(shares.before + shares.after),
                 percent(shares.kernel),
                 percent(shares.nothing),
-            ));
+                gap.map_or_else(String::new, |gap| format!("{} {}", duration(gap.span.len()), gap.mostly.name())),
+            ]);
         }
-        lines.push(format!(
-            "{:<12} {:>5}  {:>43}  {:>43}",
-            "operation", "count", "backend p50 / p90 / p99 / max", "kernel p50 / p90 / p99 / max"
-        ));
         let four = |latency: Latency| [latency.p50, latency.p90, latency.p99, latency.max].map(duration).join(" / ");
+        let mut operations =
+            Table::new(["operation", "count", "backend p50 / p90 / p99 / max", "kernel p50 / p90 / p99 / max"]);
         for kind in &self.kinds {
-            lines.push(format!(
-                "{:<12} {:>5}  {:>43}  {:>43}",
-                kind.kind.to_string(),
-                kind.backend.count,
-                four(kind.backend),
-                four(kind.kernel)
-            ));
+            let count = kind.backend.count.to_string();
+            operations.row([kind.kind.to_string(), count, four(kind.backend), four(kind.kernel)]);
         }
-        lines.push(format!("{:<12} {:>5}  {:>43}", "server", self.server.count, four(self.server)));
-        lines
+        operations.row(["server".to_owned(), self.server.count.to_string(), four(self.server)]);
+        [phases, operations]
+            .iter()
+            .flat_map(|table| table.text().lines().map(str::to_owned).collect::<Vec<_>>())
+            .collect()
     }
 }
 
 fn kinds(story: &Story) -> Vec<OfKind> {
-    let all = [OpKind::Read, OpKind::Write, OpKind::WriteFua, OpKind::Flush, OpKind::Discard, OpKind::WriteZeroes];
-    all.into_iter()
+    OpKind::ALL
+        .into_iter()
         .map(|kind| {
             let calls: Vec<_> = story.calls_in_phases().filter(|call| call.kind == kind).collect();
             let requests = story.requests_in_phases().filter(|request| request.kind == kind);
@@ -213,15 +217,6 @@ pub(super) fn duration(ns: u64) -> String {
     format!("{value:.places$} {unit}")
 }
 
-/// Bytes in the unit that suits them.
-pub(super) fn bytes(bytes: u64) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} B"),
-        1024..1_048_576 => format!("{:.0} KiB", bytes as f64 / 1024.0),
-        _ => format!("{:.1} MiB", bytes as f64 / f64::from(1 << 20)),
-    }
-}
-
 /// A sentence about a gap.
 pub(super) fn sentence(gap: &Gap) -> String {
     let parts: Vec<String> = Why::ALL
@@ -245,11 +240,10 @@ mod tests {
     }
 
     #[test]
-    fn durations_and_bytes_have_a_unit_that_suits_them() {
+    fn durations_have_a_unit_that_suits_them() {
         assert_eq!(
             [0, 999, 1_500, 99_900, 12_340_000, 123_456_789, 2_000_000_000].map(duration),
             ["0 ns", "999 ns", "1.50 µs", "99.9 µs", "12.3 ms", "123 ms", "2.00 s"]
         );
-        assert_eq!([0, 512, 4096, 3 << 20].map(bytes), ["0 B", "512 B", "4 KiB", "3.0 MiB"]);
     }
 }

@@ -16,9 +16,6 @@ use ublkit_harness::OpKind;
 
 use crate::clock::nanoseconds;
 
-/// The kinds, in the order of the number that stands for each in a slot.
-const KINDS: [OpKind; 6] =
-    [OpKind::Read, OpKind::Write, OpKind::WriteFua, OpKind::Flush, OpKind::Discard, OpKind::WriteZeroes];
 /// Calls that the cost of recording is measured by.
 const CALIBRATION_CALLS: u64 = 2_000;
 
@@ -146,7 +143,7 @@ impl Slot {
     fn record(&self) -> Option<Record> {
         let ended = self.ended.load(Ordering::Acquire);
         let what = self.what.load(Ordering::Relaxed);
-        let kind = *KINDS.iter().find(|kind| **kind as u64 == what & 0xff)?;
+        let kind = OpKind::ALL.into_iter().find(|kind| *kind as u64 == what & 0xff)?;
         (ended != 0).then(|| Record {
             kind,
             began: self.began.load(Ordering::Relaxed),

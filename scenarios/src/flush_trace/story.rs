@@ -85,7 +85,9 @@ impl Story {
 
     /// How long each request of the phases spent in the server, beside its call.
     pub(super) fn server_delays(&self) -> Vec<u64> {
-        let in_phase = |request: &Request| self.phases.iter().any(|phase| request.issued >= phase.span.from);
+        let in_phase = |request: &Request| {
+            self.phases.iter().any(|Phase { span, .. }| (span.from..span.to).contains(&request.issued))
+        };
         self.requests
             .all
             .iter()
@@ -169,6 +171,9 @@ pub(super) mod tests {
         assert_eq!(story.matching.served, [Served::InTime(0), Served::InTime(1), Served::InTime(2)]);
         assert_eq!(story.server_delays(), [4 * MS, 4 * MS, 4 * MS]);
         let phase = &story.phases[0];
+        let mut shorter = story.clone();
+        shorter.phases[0].span.to = 1040 * MS;
+        assert_eq!(shorter.server_delays(), [4 * MS, 4 * MS], "the flush came when the phase was over");
         assert_eq!(phase.stretches.iter().map(|s| s.span.len()).sum::<u64>(), 100 * MS);
     }
 }

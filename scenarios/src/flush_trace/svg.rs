@@ -11,8 +11,9 @@ use ublkit_harness::OpKind;
 
 use self::scale::Scale;
 use super::attribution::{Shares, Span, Why, gaps};
-use super::numbers::{Numbers, bytes, duration};
+use super::numbers::{Numbers, duration};
 use super::story::{Phase, Story};
+use crate::units::format_rounded;
 
 const WIDTH: f64 = 1320.0;
 const MARGIN: f64 = 28.0;
@@ -31,9 +32,6 @@ const STRIP: f64 = 24.0;
 const CHARACTER: f64 = 6.3;
 /// How many gaps get a number.
 const NUMBERED: usize = 4;
-
-const OPS: [OpKind; 6] =
-    [OpKind::Write, OpKind::WriteFua, OpKind::Flush, OpKind::Read, OpKind::Discard, OpKind::WriteZeroes];
 
 const fn op_colour(kind: OpKind) -> &'static str {
     match kind {
@@ -122,7 +120,7 @@ impl Canvas {
         let mut x = MARGIN;
         self.text((x, self.y + 10.0), "font-weight=\"bold\"", "operation");
         x += 74.0;
-        for kind in OPS {
+        for kind in OpKind::ALL {
             self.key(&mut x, op_colour(kind), &kind.to_string());
         }
         x += 28.0;
@@ -189,7 +187,7 @@ impl Canvas {
             duration(phase.span.len()),
             calls.len(),
             flushes,
-            bytes(moved),
+            format_rounded(moved),
             moved as f64 * 1e9 / f64::from(1 << 20) / phase.span.len().max(1) as f64
         );
         self.text((WIDTH - MARGIN, self.y), "text-anchor=\"end\" fill=\"#5b6b76\"", &sum);
@@ -365,7 +363,8 @@ impl Canvas {
 }
 
 fn described(kind: OpKind, offset: u64, len: u64, span: Span, origin: u64) -> String {
-    let place = if len == 0 { String::new() } else { format!(" {} at {}", bytes(len), bytes(offset)) };
+    let place =
+        if len == 0 { String::new() } else { format!(" {} at {}", format_rounded(len), format_rounded(offset)) };
     let at = duration(span.from.saturating_sub(origin));
     format!("{kind}{place}: {} from +{at}", duration(span.len()))
 }
@@ -419,7 +418,7 @@ mod tests {
             "fsync &lt;&amp;&gt;",
             "longest without a call:",
             "+20.0 ms",
-            "write 4 KiB at 8 KiB: 20.0 ms from +14.0 ms",
+            "write 4.0 KiB at 8.0 KiB: 20.0 ms from +14.0 ms",
         ] {
             assert!(picture.contains(shown), "{shown} is not in\n{picture}");
         }

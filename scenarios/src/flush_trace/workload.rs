@@ -11,13 +11,14 @@ use nix::unistd::syncfs;
 use serde::Serialize;
 
 use super::attribution::Span;
-use super::numbers::bytes;
 use super::story::Wait;
 use crate::clock::nanoseconds;
 use crate::context::Context;
 use crate::probe::filesystem::{content, difference};
+use crate::runs::{Change, Undo};
 use crate::scenario::Failure;
 use crate::target::Target;
+use crate::units::format_rounded;
 
 /// How long the device must have been quiet for a phase to be over.
 const QUIET: Duration = Duration::from_millis(50);
@@ -118,7 +119,7 @@ impl Actor {
     /// Writes everything that there is to write.
     fn write(&mut self, path: &Path) -> Result<File, Failure> {
         let content = std::mem::take(&mut self.content);
-        let file = self.act(format!("write {}", bytes(content.len() as u64)), false, || {
+        let file = self.act(format!("write {}", format_rounded(content.len() as u64)), false, || {
             let mut file = File::create(path)?;
             file.write_all(&content)?;
             Ok(file)
@@ -145,7 +146,7 @@ impl Actor {
     /// Reads as much as was written. It is compared when the phase is over.
     fn read_back(&mut self, path: &Path) -> Result<Vec<u8>, Failure> {
         let mut found = vec![0; self.content.len()];
-        self.act(format!("read {}", bytes(found.len() as u64)), false, || {
+        self.act(format!("read {}", format_rounded(found.len() as u64)), false, || {
             File::open(path)?.read_exact(&mut found)?;
             Ok(found)
         })
@@ -194,8 +195,8 @@ impl Stage<'_> {
             if read < found.len() as u64 {
                 let what = format!(
                     "a file of {} was dropped from the page cache and read, and {} were read from the backend",
-                    bytes(found.len() as u64),
-                    bytes(read)
+                    format_rounded(found.len() as u64),
+                    format_rounded(read)
                 );
                 return Err(Failure::broke("read-back", what));
             }
@@ -222,7 +223,7 @@ impl Stage<'_> {
             if Instant::now() > deadline {
                 let what = format!(
                     "the kernel had not written back {} of dirty pages after {:?}",
-                    self::bytes(bytes.saturating_sub(counts.write_bytes)),
+                    format_rounded(bytes.saturating_sub(counts.write_bytes)),
                     self.patience
                 );
                 return Err(Failure::Hang(what));
@@ -234,8 +235,7 @@ impl Stage<'_> {
 /// How soon the kernel writes back dirty pages by itself; these are settings of the whole machine.
 #[derive(Debug)]
 pub(super) struct WritebackAge {
-    /// Files, and what was in them.
-    before: Vec<(&'static str, String)>,
+    _until_the_end: [Change; 2],
 }
 
 const EXPIRE: &str = "/proc/sys/vm/dirty_expire_centisecs";
@@ -254,23 +254,16 @@ impl WritebackAge {
     }
 
     /// Has dirty pages written back when they are as old as this, until it is dropped.
-    pub(super) fn set(age: Duration) -> Result<Self, Failure> {
-        let mut this = Self { before: Vec::new() };
-        let centiseconds = (age.as_millis() / 10).max(1);
-        for (file, value) in [(EXPIRE, centiseconds), (INTERVAL, (centiseconds / 4).max(1))] {
+    pub(super) fn set(context: &Context, age: Duration) -> Result<Self, Failure> {
+        let set = |file: &str, value: u128| -> Result<Change, Failure> {
             let cannot = |error: std::io::Error| Failure::Environment(format!("failed to set {file}: {error}"));
-            this.before.push((file, fs::read_to_string(file).map_err(cannot)?));
+            let text = fs::read_to_string(file).map_err(cannot)?.trim().to_owned();
+            let unless_not = Some(value.to_string());
+            let change = context.record.changing(Undo::Write { file: file.into(), text, unless_not });
             fs::write(file, value.to_string()).map_err(cannot)?;
-        }
-        Ok(this)
-    }
-}
-
-impl Drop for WritebackAge {
-    fn drop(&mut self) {
-        for (file, value) in self.before.drain(..).rev() {
-            // It was writable a moment ago.
-            let _ = fs::write(file, value.trim());
-        }
+            Ok(change)
+        };
+        let centiseconds = (age.as_millis() / 10).max(1);
+        Ok(Self { _until_the_end: [set(EXPIRE, centiseconds)?, set(INTERVAL, (centiseconds / 4).max(1))?] })
     }
 }

@@ -184,7 +184,7 @@ fn files(context: &mut Context, path: &Path) -> Result<(), Failure> {
     let s = Duration::from_secs;
     let names: Vec<String> = (0..FILES).map(|number| format!("file-{number}")).collect();
     context.step("files", s(180), |context| {
-        let mounted = Mounted::mount(path)?;
+        let mounted = Mounted::mount(context, path)?;
         names.iter().try_for_each(|name| write(context.seed(), mounted.path(), name, FILE_LEN))?;
         sync(&mounted)?;
         names.iter().try_for_each(|name| drop_cached(&mounted.path().join(name)))?;
@@ -197,7 +197,7 @@ fn files(context: &mut Context, path: &Path) -> Result<(), Failure> {
         Ok(())
     })?;
     context.step("remount", s(120), |context| {
-        let mounted = Mounted::mount(path)?;
+        let mounted = Mounted::mount(context, path)?;
         look(context, &mounted, &names)?;
         mounted.unmount()
     })

@@ -17,6 +17,7 @@ use ublkit_harness::Seed;
 use super::power;
 use crate::context::Context;
 use crate::environment::find_tool;
+use crate::runs::{Change, Undo};
 use crate::scenario::Failure;
 use crate::target::{Target, TargetArgs};
 use crate::units::format_bytes;
@@ -43,7 +44,7 @@ pub(super) fn check(
     let s = Duration::from_secs;
     context.step("mkfs", s(120), |context| make(context, target))?;
     let mounted = context.step("mount", s(60), |context| {
-        let mounted = Mounted::mount(&target.path())?;
+        let mounted = Mounted::mount(context, &target.path())?;
         context.detail(mounted.path().display().to_string());
         Ok(mounted)
     })?;
@@ -175,26 +176,45 @@ fn fsync_alone(
     files: &mut Vec<Written>,
 ) -> Result<(), Failure> {
     let (name, len) = (String::from("fsynced-alone"), 256 << 10);
-    let mut file = create(mounted.path(), &name)?;
-    file.write_all(&content(context.seed(), &name, len)).map_err(|error| Failure::io("write a file", &error))?;
-    let before = target.counts()?;
-    file.sync_all().map_err(|error| Failure::io("fsync a file", &error))?;
-    let after = target.counts()?;
+    let Asked { bytes, flushes, fua } = write_and_fsync(context.seed(), mounted, &name, len, target)?;
     files.push((name, len));
+    context.detail(format!("{} reached the backend, {flushes} flushes, {fua} FUA writes", format_bytes(bytes)));
+    Ok(())
+}
+
+/// What an fsync asked of a backend.
+pub(crate) struct Asked {
+    bytes: u64,
+    flushes: u64,
+    fua: u64,
+}
+
+/// Writes a file and fsyncs it: the bytes have to be with `behind` then, and be flushed if that has a cache.
+pub(crate) fn write_and_fsync(
+    seed: Seed,
+    mounted: &Mounted,
+    name: &str,
+    len: usize,
+    behind: &Target,
+) -> Result<Asked, Failure> {
+    let mut file = create(mounted.path(), name)?;
+    file.write_all(&content(seed, name, len)).map_err(|error| Failure::io("write a file", &error))?;
+    let before = behind.counts()?;
+    file.sync_all().map_err(|error| Failure::io("fsync a file", &error))?;
+    let after = behind.counts()?;
     let (bytes, flushes) = (after.write_bytes - before.write_bytes, after.flushes - before.flushes);
     let fua = after.fua_writes - before.fua_writes;
     if bytes < len as u64 {
         let what = format!("fsync returned when {bytes} of {len} written bytes had reached the backend");
         return Err(Failure::broke("write-back", what));
     }
-    if target.geometry().volatile_cache && flushes + fua == 0 {
+    if behind.geometry().volatile_cache && flushes + fua == 0 {
         return Err(Failure::broke(
             "flush",
-            "fsync of a file sent neither a flush nor a FUA write to a cached device",
+            "fsync of a file led to neither a flush nor a FUA write at a backend with a cache",
         ));
     }
-    context.detail(format!("{} reached the backend, {flushes} flushes, {fua} FUA writes", format_bytes(bytes)));
-    Ok(())
+    Ok(Asked { bytes, flushes, fua })
 }
 
 fn read_back_cold(
@@ -329,7 +349,7 @@ fn concurrent_writers(
 }
 
 fn remount(context: &mut Context, target: &Target, files: &[Written]) -> Result<(), Failure> {
-    let mounted = Mounted::mount(&target.path())?;
+    let mounted = Mounted::mount(context, &target.path())?;
     let bytes = compare_cold(context, target, &mounted, files)?;
     mounted.unmount()?;
     context.evidence().add("files_verified_after_remount", files.len() as u64);
@@ -384,29 +404,32 @@ pub(crate) fn difference(found: &[u8], written: &[u8]) -> Option<String> {
 #[derive(Debug)]
 pub(crate) struct Mounted {
     dir: PathBuf,
-    mounted: bool,
+    attached: bool,
+    /// Dropped last: it removes the directory, and unmounts it if that still has to be.
+    _change: Change,
 }
 
 impl Mounted {
     /// Mounts the ext4 on `device` on a new directory of its own.
-    pub(crate) fn mount(device: &Path) -> Result<Self, Failure> {
+    pub(crate) fn mount(context: &Context, device: &Path) -> Result<Self, Failure> {
         // A long commit interval keeps the journal's own timer out of what is counted.
-        Self::mount_as(device, "ext4", "commit=300,errors=remount-ro")
+        Self::mount_as(context, device, "ext4", "commit=300,errors=remount-ro")
     }
 
     /// Mounts the file system on `device` on a new directory of its own.
-    pub(crate) fn mount_as(device: &Path, kind: &str, options: &str) -> Result<Self, Failure> {
+    pub(crate) fn mount_as(context: &Context, device: &Path, kind: &str, options: &str) -> Result<Self, Failure> {
         // Kept by hand: whatever is removed by itself must not be removed while something is mounted there.
         let dir = tempfile::Builder::new()
             .prefix("ublk-torture-mount-")
             .tempdir()
             .map_err(|error| Failure::Environment(format!("failed to make a directory to mount on: {error}")))?
             .keep();
-        let mut this = Self { dir, mounted: false };
+        let change = context.record.changing(Undo::Unmount(dir.clone()));
+        let mut this = Self { dir, attached: false, _change: change };
         let flags = MsFlags::MS_NOATIME | MsFlags::MS_NODEV | MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
         match mount(Some(device), &this.dir, Some(kind), flags, Some(options)) {
             Ok(()) => {
-                this.mounted = true;
+                this.attached = true;
                 Ok(this)
             }
             Err(Errno::ENODEV) => Err(Failure::Environment(format!(
@@ -433,18 +456,16 @@ impl Mounted {
                 }
             }
         }
-        self.mounted = false;
+        self.attached = false;
         Ok(())
     }
 }
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        if self.mounted && umount2(&self.dir, MntFlags::empty()).is_err() {
+        if self.attached && umount2(&self.dir, MntFlags::empty()).is_err() {
             let _best_effort = umount2(&self.dir, MntFlags::MNT_DETACH);
         }
-        // Only ever an empty directory: what is still mounted stays.
-        let _best_effort = fs::remove_dir(&self.dir);
     }
 }
 

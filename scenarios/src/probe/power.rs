@@ -130,7 +130,7 @@ fn create(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
 
 /// Mounts the copy, which replays the journal, and compares.
 fn look(context: &Context, target: &Target, synced: &[Synced]) -> Result<(), Failure> {
-    let mounted = Mounted::mount(&target.path())?;
+    let mounted = Mounted::mount(context, &target.path())?;
     for Synced { name, len } in synced {
         let found = fs::read(mounted.path().join(name)).map_err(|error| {
             Failure::broke(

@@ -25,7 +25,7 @@ use super::socket::Socket;
 use super::timed::Timed;
 use super::witness::{Notes, Testimony, Witness};
 use crate::clock::nanoseconds;
-use crate::flush_trace::{Bug, Buggy, LOSE, Recorded, Recorder, Recording, Tracing, cost_ns};
+use crate::flush_trace::{Recorded, Recorder, Recording, Tracing, cost_ns};
 use crate::in_flight::InFlight;
 use crate::scenario::Failure;
 use crate::target::{NEIGHBOUR, TargetArgs};
@@ -69,18 +69,16 @@ struct Below {
     held_most: Duration,
     lie: Option<Lie>,
     /// Calls of the storage are recorded here.
-    tracing: Option<(Tracing, Arc<Recorder>)>,
+    recorder: Option<Arc<Recorder>>,
 }
 
 impl Below {
     /// The storage, as it is seen from above.
     fn storage(&self) -> Arc<dyn Backend> {
         let storage = Arc::clone(&self.storage.freezer);
-        let Some((tracing, recorder)) = &self.tracing else { return storage };
-        let watched = Recorded::new(storage, Arc::clone(recorder));
-        match tracing.bug {
-            Some(bug) => Arc::new(Buggy::new(watched, bug)),
-            None => Arc::new(watched),
+        match &self.recorder {
+            Some(recorder) => Arc::new(Recorded::new(storage, Arc::clone(recorder))),
+            None => storage,
         }
     }
 
@@ -131,12 +129,9 @@ impl Stack {
                 lock(&admitted).push(made);
             }
         }));
-        let tracing = args.tracing.map(|tracing| {
-            let lose = if tracing.bug == Some(Bug::RecordsLost) { LOSE } else { 0 };
-            (tracing, Arc::new(Recorder::new(tracing.room, lose)))
-        });
+        let recorder = args.tracing.map(|Tracing { room, lose }| Arc::new(Recorder::new(room, lose)));
         let (notes, planted, held_most) = (Notes::default(), args.mutant, args.patience.held);
-        let below = Below { storage, faults, notes, planted, held_most, lie: args.lie, tracing };
+        let below = Below { storage, faults, notes, planted, held_most, lie: args.lie, recorder };
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let hang = Plant::new(args.hang);
         let (top, counters) = Observed::new(Hangs { inner: Arc::clone(&socket), plant: hang.clone() });
@@ -259,7 +254,7 @@ impl Stack {
 
     /// The calls of the storage until now, if they are recorded.
     pub(super) fn recording(&self) -> Recording {
-        let seen = lock(&self.below).tracing.as_ref().map(|(_, recorder)| recorder.recording());
+        let seen = lock(&self.below).recorder.as_ref().map(|recorder| recorder.recording());
         Recording { cost_ns: cost_ns(), ..seen.unwrap_or_default() }
     }
 

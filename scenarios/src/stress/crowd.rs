@@ -190,9 +190,7 @@ fn close_all(
     mut crowd: Vec<Member>,
 ) -> Result<(), Failure> {
     let mut rng = context.seed().derive("order", 0).rng();
-    for at in (1..crowd.len()).rev() {
-        crowd.swap(at, rng.below(at as u64 + 1) as usize);
-    }
+    rng.shuffle(&mut crowd);
     let mut staying = crowd.split_off(crowd.len() / 2);
     let mut slots: Vec<u32> = crowd.iter().map(|member| member.slot).collect();
     if args.plant == Some(Bug::ClosedNeighbour)

@@ -53,6 +53,14 @@ impl Subject {
         }
     }
 
+    /// The device, which is one of our own.
+    pub(crate) fn ours(&self) -> Result<&Target, Failure> {
+        match self {
+            Self::Ours(target) => Ok(target),
+            Self::SomebodyElses(_) => Err(Failure::Internal("this is for devices of our own".to_owned())),
+        }
+    }
+
     /// Keeps those away who look at every new disk, udev above all, for as long as what it returns lives: an error that is
     /// injected into a read of theirs is one that no worker sees. They hold a lock while they look, and do not look while
     /// somebody else holds it.
@@ -90,12 +98,7 @@ fn open_ours(target: &Target) -> Result<Opened, Failure> {
         bytes: geometry.size,
         logical_block: u64::from(geometry.logical_block),
         max_io_bytes: u64::from(target.max_io_bytes()),
-        capabilities: Capabilities {
-            flush: geometry.volatile_cache,
-            fua: geometry.fua,
-            discard: geometry.discard.is_some(),
-            write_zeroes: geometry.write_zeroes.is_some(),
-        },
+        capabilities: Capabilities::of(geometry),
         discard: target.discard_promise(),
         unmap_zeroes: geometry.write_zeroes.is_some(),
         torn_by_races: target.torn_by_races(),

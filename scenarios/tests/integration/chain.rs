@@ -10,6 +10,11 @@ cases!("chain":
     a_link_that_drops_fua_is_found in 60 s,
     a_link_that_flattens_errnos_is_found in 60 s,
     a_link_that_is_off_by_one_block_is_found in 60 s,
+    writes_under_memory_pressure_end_and_are_right in 120 s,
+    a_flush_that_is_swallowed_is_found_one_by_one in 60 s,
+    a_fua_that_is_dropped_is_found_one_by_one in 60 s,
+    a_flush_that_is_swallowed_is_found_by_a_power_cut in 60 s,
+    a_write_that_is_cut_short_is_found_by_the_file_system in 60 s,
 );
 
 fn two_links_in_one_process_pass() {
@@ -37,4 +42,26 @@ fn a_link_that_flattens_errnos_is_found() {
 
 fn a_link_that_is_off_by_one_block_is_found() {
     verdict("chain --seed 6 --links 2 --size 64M --only load --plant off-by-one", 2);
+}
+
+fn writes_under_memory_pressure_end_and_are_right() {
+    let verdict = verdict("chain --seed 7 --links 2 --processes --size 64M --only pressure", 0);
+    let count = |name: &str| verdict["evidence"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {verdict}"));
+    assert!(count("memory_limit_hits") > 0 && count("pages_scanned_for_memory") > 0, "{verdict}");
+}
+
+fn a_flush_that_is_swallowed_is_found_one_by_one() {
+    verdict("chain --seed 8 --links 2 --size 64M --only errors --plant swallowed-flush", 2);
+}
+
+fn a_fua_that_is_dropped_is_found_one_by_one() {
+    verdict("chain --seed 9 --links 2 --size 64M --only errors --plant dropped-fua", 2);
+}
+
+fn a_flush_that_is_swallowed_is_found_by_a_power_cut() {
+    verdict("chain --seed 10 --links 2 --size 64M --only power --plant swallowed-flush", 2);
+}
+
+fn a_write_that_is_cut_short_is_found_by_the_file_system() {
+    verdict("chain --seed 11 --links 2 --size 64M --only files --plant shorn-write", 2);
 }

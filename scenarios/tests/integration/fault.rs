@@ -5,7 +5,9 @@ use super::scenarios::verdict;
 
 cases!("fault":
     a_right_server_passes in 170 s,
+    what_the_device_does_not_offer_is_not_asked_for in 60 s,
     an_errno_that_is_lost_is_found in 60 s,
+    an_errno_that_is_lost_is_found_by_each_part in 60 s,
     an_error_that_is_swallowed_is_found in 60 s,
     an_error_that_outlives_its_cause_is_found in 60 s,
 );
@@ -19,6 +21,14 @@ fn a_right_server_passes() {
 
 fn an_errno_that_is_lost_is_found() {
     verdict("fault --seed 2 --size 64M --plant errno-lost", 2);
+}
+
+fn what_the_device_does_not_offer_is_not_asked_for() {
+    verdict("fault --seed 5 --size 64M --only grid --cells 6 --capabilities flush", 0);
+}
+
+fn an_errno_that_is_lost_is_found_by_each_part() {
+    verdict("fault --seed 6 --size 64M --only plain --plant errno-lost", 2);
 }
 
 fn an_error_that_is_swallowed_is_found() {

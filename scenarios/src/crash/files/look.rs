@@ -28,7 +28,7 @@ pub(super) fn at(
     let log = KernelLog::from_here();
     let mut superblock = vec![0; 4096];
     target.storage().read_at(&mut superblock, 0)?;
-    let mounted = Mounted::mount_as(&target.path(), kind.kernel_name, kind.mount_options)?;
+    let mounted = Mounted::mount_as(context, &target.path(), kind.kernel_name, kind.mount_options)?;
     let replayed = match kind.kernel_name {
         "ext4" => needs_replay(&superblock),
         // Its superblock does not say; the kernel's log does.

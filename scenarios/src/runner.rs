@@ -143,8 +143,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     let watchdog = Watchdog::start(options, move |report| lose(report, &lost));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
-    let real = scenario.needs().ublk || scenario.options().get("device").is_some_and(|device| !device.is_null());
-    let kernel = real.then(Complaints::begin);
+    let kernel = scenario.meets_kernel_device().then(Complaints::begin);
     let log = kernel.is_some().then(KernelLog::from_here).and_then(Result::ok);
     dump::ask_for_all(&watchdog, log, scenario.common().report.clone());
     let interruption = Interruption::default();

@@ -28,6 +28,11 @@ pub trait Scenario {
     /// What has to be there before the run begins.
     fn needs(&self) -> Needs;
 
+    /// Whether it meets a device of this machine's kernel, whoever serves it: what that kernel says during the run then counts.
+    fn meets_kernel_device(&self) -> bool {
+        self.needs().ublk
+    }
+
     /// Checks what can be checked without touching anything.
     ///
     /// # Errors

@@ -330,7 +330,7 @@ impl Args {
         let workers = plan.options().workers;
         // What a power cut leaves speaks for itself: only so is it seen that it would.
         let accounts = outages.is_empty().then(|| Accounts::new(workers, false, opened.capabilities.flush));
-        let shared = Arc::new(Shared::new(orders, workers, accounts, Arc::clone(context.watchdog())));
+        let shared = Arc::new(Shared::new(orders, workers, accounts, context));
         let (subject, layout, books) = (bench.subject, &bench.layout, &bench.books);
         Crew { subject, opened, plan: &plan, layout, books, outages }.work(context, &shared)
     }

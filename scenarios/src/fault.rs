@@ -300,8 +300,7 @@ fn load(context: &Context, bench: &Bench, cell: Cell, ops: u64, seed: Seed) -> R
         stall: STALL,
         hang: false,
     };
-    let watchdog = Arc::clone(context.watchdog());
-    let shared = Arc::new(Shared::new(orders, plan.options().workers, Some(accounts), watchdog));
+    let shared = Arc::new(Shared::new(orders, plan.options().workers, Some(accounts), context));
     let (subject, opened, layout, books) = (bench.subject, &bench.opened, &bench.layout, &bench.books);
     Crew { subject, opened, plan: &plan, layout, books, outages: Vec::new() }.work(context, &shared)?;
     Ok(happened(context) - before)

@@ -25,6 +25,7 @@ use crate::context::{Context, Interruption, SharedEvidence};
 use crate::dump;
 use crate::environment::{self, Host};
 use crate::junit::JUnit;
+use crate::in_flight::InFlight;
 use crate::kernel_log::KernelLog;
 use crate::page::Page;
 use crate::runs::StateDir;
@@ -149,6 +150,10 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     let interruption = Interruption::default();
     let listener = Listener::start(interruption.clone(), ending.sink.clone(), Arc::clone(&watchdog))?;
     let state = StateDir::default();
+    let in_flight = InFlight::default();
+    let workers = in_flight.clone();
+    // Nothing is said where nobody ever was one.
+    watchdog.ask("the workers wait for", move || if workers.was_used() { workers.tell() } else { Vec::new() });
     if scenario.needs().ublk {
         let looking = watchdog.guard("clean up after earlier runs", CLEAN_UP);
         for remark in state.clean_gone_runs() {
@@ -169,6 +174,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         detail: String::new(),
         deadline: scenario.common().deadline,
         io_is_sound: false,
+        in_flight,
     };
     let mut result = match std::panic::catch_unwind(AssertUnwindSafe(|| scenario.run(&mut context))) {
         Ok(result) => result,

@@ -253,7 +253,7 @@ impl Args {
         let books = layout.books(&opened, context.seed(), !self.outages().is_empty());
         let until = None;
         let orders = Orders { ops: Some(0), until, passes: false, prefill: true, ..self.orders(context, &opened) };
-        let shared = Shared::new(orders, plan.options().workers, None, Arc::clone(context.watchdog()));
+        let shared = Shared::new(orders, plan.options().workers, None, context);
         let (opened, plan, layout_, books_) = (&opened, &plan, &layout, &books);
         let crew = Crew { subject, opened, plan, layout: layout_, books: books_, outages: Vec::new() };
         crew.work(context, &Arc::new(shared))?;
@@ -301,7 +301,7 @@ impl Args {
             let workers = plan.options().workers;
             let accounts =
                 opened.ours.then(|| Accounts::new(workers, self.errors_may_be(), opened.capabilities.flush));
-            let shared = Arc::new(Shared::new(orders, workers, accounts, Arc::clone(context.watchdog())));
+            let shared = Arc::new(Shared::new(orders, workers, accounts, context));
             let crew = Crew { subject, opened: &opened, plan: &plan, layout: &layout, books: &books, outages };
             let outcome = crew.work(context, &shared);
             let total = shared.total();

@@ -41,7 +41,13 @@ pub struct Args {
     #[command(flatten)]
     external: ExternalArgs,
     /// Plant a bug in the server that no other scenario looks for
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Device")]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "NAME",
+        conflicts_with_all = ["device", "server"],
+        help_heading = "Device"
+    )]
     plant: Option<Lie>,
 }
 

@@ -12,7 +12,6 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use self::checks::Seen;
 use self::server::ForeignServer;
 use crate::context::Context;
 use crate::scenario::Failure;
@@ -21,6 +20,7 @@ const SERVER_HELP: &str = "\
 Have this shell command serve the device, for as long as the run lasts. With --device, {} in it stands for that path, and it \
 must not be there before; without, the command prints the path on its first line. It stays in the foreground and ends, with \
 its device, when its process group gets SIGTERM";
+
 /// The options of a device of our own, which say nothing of somebody else's.
 const OURS: [&str; 12] = [
     "backend",
@@ -36,7 +36,6 @@ const OURS: [&str; 12] = [
     "read_only",
     "mutant",
 ];
-
 
 /// Which device to take, instead of one of our own.
 #[derive(Clone, Debug, Default, clap::Args)]
@@ -94,7 +93,7 @@ impl ExternalArgs {
                 (path, Some(Mutex::new(server)))
             }
         };
-        let claimed = checks::claim(&path, &Seen::default());
+        let claimed = checks::claim(&path);
         match claimed {
             Ok(claim) => Ok(Some(External { path, claim: Some(claim), server })),
             Err(failure) => {
@@ -148,6 +147,7 @@ impl External {
             Some(server) => server.into_inner().unwrap_or_else(PoisonError::into_inner).stop(context, &path),
         }
     }
+}
 
 #[cfg(test)]
 mod tests {
@@ -161,5 +161,4 @@ mod tests {
         let ids: Vec<_> = command.get_arguments().map(|argument| argument.get_id().as_str()).collect();
         assert_eq!(ids, OURS);
     }
-}
 }

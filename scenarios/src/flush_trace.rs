@@ -26,7 +26,6 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -35,7 +34,7 @@ use self::kernel::{Requests, Trace};
 use self::numbers::{Numbers, duration};
 use self::story::Story;
 use self::workload::{Kind, Played, Stage, WritebackAge};
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, name_of};
 use crate::clock::nanoseconds;
 use crate::context::Context;
 use crate::gates::KernelVersion;
@@ -95,14 +94,13 @@ impl Scenario for Args {
 
     fn options(&self) -> BTreeMap<String, Value> {
         let mut options = self.target.options();
-        let bug = self.plant.and_then(|bug| bug.to_possible_value()).map(|value| value.get_name().to_owned());
         options.extend(
             [
                 ("rounds", json!(self.rounds)),
                 ("writeback_age_ms", json!(self.writeback_age.map(|age| age.as_millis() as u64))),
                 ("records", json!(self.records)),
                 ("server_delay_ms", json!(self.server_delay.as_millis() as u64)),
-                ("plant", json!(bug)),
+                ("plant", json!(self.plant.as_ref().map(name_of))),
             ]
             .map(|(name, value)| (name.to_owned(), value)),
         );

@@ -97,6 +97,7 @@ impl Scenario for Args {
         let mut options = vec![
             ("device_mode", json!(self.device_mode)),
             ("scenarios", json!(self.scenarios)),
+            ("alone", json!(self.alone)),
             ("only", json!(self.only.iter().map(ToString::to_string).collect::<Vec<_>>())),
         ];
         if !self.device_mode && !self.scenarios {

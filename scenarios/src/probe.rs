@@ -13,10 +13,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, name_of};
 use crate::context::Context;
 use crate::external::ExternalArgs;
 use crate::inventory::Inventory;
@@ -89,8 +88,7 @@ impl Scenario for Args {
         if self.external.is_asked_for() {
             return self.external.options().into_iter().collect();
         }
-        let plant = self.plant.and_then(|plant| plant.to_possible_value());
-        let plant = ("plant".to_owned(), json!(plant.map(|plant| plant.get_name().to_owned())));
+        let plant = ("plant".to_owned(), json!(self.plant.as_ref().map(name_of)));
         self.target.options().into_iter().chain([plant]).collect()
     }
 
@@ -98,15 +96,15 @@ impl Scenario for Args {
         Needs { ublk: !self.external.is_asked_for(), tools: &["mkfs.ext4", "e2fsck"] }
     }
 
-    fn validate(&self) -> Result<(), Failure> {
-        self.external.validate()?;
-        if !(SIZE_MIN..=SIZE_MAX).contains(&self.target.size) {
-            return Err(Failure::Usage(format!(
     fn meets_kernel_device(&self) -> bool {
         // Somebody else's device too.
         true
     }
 
+    fn validate(&self) -> Result<(), Failure> {
+        self.external.validate()?;
+        if !(SIZE_MIN..=SIZE_MAX).contains(&self.target.size) {
+            return Err(Failure::Usage(format!(
                 "--size {}: probe makes a file system on the device; choose a size from {} to {}",
                 self.target.size,
                 format_bytes(SIZE_MIN),

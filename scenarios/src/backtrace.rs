@@ -112,7 +112,7 @@ fn start(pids: &[u32], sender: mpsc::Sender<Told>) -> std::io::Result<Helper> {
 mod tests {
     use super::*;
 
-    /// The helper itself is tried in `tests/backtrace.rs`, by the program; here, what is said when there is none.
+    /// The helper itself is tried in `tests/backtrace.rs`, on another process; here, what is said when there is none.
     #[test]
     fn what_a_helper_says_is_read() {
         let line =

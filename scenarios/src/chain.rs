@@ -25,7 +25,7 @@ use ublkit_harness::{Mix, Mutant, OpKind};
 
 pub(crate) use self::pressure::{ARGUMENT, main as load};
 use self::stack::Chain;
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, name_of};
 use crate::context::Context;
 use crate::fault::grid::{Cell, Often, What};
 use crate::fault::{REGION, plain, try_cell};
@@ -166,12 +166,11 @@ impl Scenario for Args {
 
     fn options(&self) -> BTreeMap<String, Value> {
         let mut options = self.target.options();
-        let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());
-        let only: Vec<_> = self.only.iter().map(|part| name(part.to_possible_value())).collect();
+        let only: Vec<_> = self.only.iter().map(name_of).collect();
         options.insert("links".to_owned(), json!(self.links));
         options.insert("processes".to_owned(), json!(self.processes));
         options.insert("only".to_owned(), json!(only));
-        options.insert("plant".to_owned(), json!(self.plant.and_then(|plant| name(plant.to_possible_value()))));
+        options.insert("plant".to_owned(), json!(self.plant.as_ref().map(name_of)));
         options
     }
 

@@ -10,7 +10,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
-use clap::{Arg, ArgAction, ArgMatches, Command, value_parser};
+use clap::{Arg, ArgAction, ArgMatches, Command, ValueEnum, value_parser};
 use serde_json::json;
 use ublkit_harness::Seed;
 use ublkit_harness::verdict::EXIT_USAGE;
@@ -77,6 +77,11 @@ impl CommonArgs {
             None => Ok(()),
         }
     }
+}
+
+/// The value of an option as it is written on the command line.
+pub(crate) fn name_of(value: &impl ValueEnum) -> String {
+    value.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 fn parse_seed(text: &str) -> Result<Seed, String> {

@@ -9,6 +9,7 @@ use ublkit_harness::event::{Event, StepFinished, StepStarted};
 use ublkit_harness::{EventSink, Evidence, Seed, Watchdog};
 
 use crate::gates::{Gate, KernelVersion};
+use crate::in_flight::InFlight;
 use crate::runs::RunRecord;
 use crate::scenario::{Broken, Failure};
 
@@ -74,6 +75,8 @@ pub struct Context {
     pub(crate) watchdog: Arc<Watchdog>,
     pub(crate) interruption: Interruption,
     pub(crate) record: RunRecord,
+    /// What the workers of the run wait for.
+    pub(crate) in_flight: InFlight,
     pub(crate) detail: String,
     /// What no step may take longer than.
     pub(crate) deadline: Option<Duration>,
@@ -252,6 +255,7 @@ pub(crate) mod testing {
     use ublkit_harness::{EventLoop, Seed, Watchdog};
 
     use super::{Arc, Context, Interruption, SharedEvidence};
+    use crate::in_flight::InFlight;
     use crate::runs::StateDir;
 
     pub(crate) struct Testing {
@@ -272,6 +276,7 @@ pub(crate) mod testing {
             watchdog: Arc::new(watchdog),
             interruption: Interruption::default(),
             record: StateDir::default().record(),
+            in_flight: InFlight::default(),
             detail: String::new(),
             deadline: None,
             io_is_sound: false,

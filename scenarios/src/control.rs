@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, name_of};
 use crate::context::Context;
 use crate::gates::GATES;
 use crate::scenario::{Entry, Failure, Needs, Scenario};
@@ -161,6 +161,8 @@ impl Scenario for Args {
             ("states".to_owned(), json!(self.states)),
             ("fuzz".to_owned(), json!(self.fuzz)),
             ("script".to_owned(), json!(self.script)),
+            ("survey".to_owned(), json!(self.survey)),
+            ("plant".to_owned(), json!(self.plant.as_ref().map(name_of))),
         ])
     }
 

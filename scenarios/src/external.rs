@@ -12,7 +12,6 @@ use std::sync::{Mutex, PoisonError};
 
 use serde_json::{Value, json};
 
-use self::checks::Seen;
 use self::server::ForeignServer;
 use crate::context::Context;
 use crate::scenario::Failure;
@@ -22,13 +21,29 @@ Have this shell command serve the device, for as long as the run lasts. With --d
 must not be there before; without, the command prints the path on its first line. It stays in the foreground and ends, with \
 its device, when its process group gets SIGTERM";
 
+/// The options of a device of our own, which say nothing of somebody else's.
+const OURS: [&str; 12] = [
+    "backend",
+    "size",
+    "queues",
+    "depth",
+    "mode",
+    "workers_backend",
+    "logical_block",
+    "max_io",
+    "capabilities",
+    "discard_promises_nothing",
+    "read_only",
+    "mutant",
+];
+
 /// Which device to take, instead of one of our own.
 #[derive(Clone, Debug, Default, clap::Args)]
 pub struct ExternalArgs {
     /// Use this block device, whoever serves it, instead of one of our own. Its content is destroyed
-    #[arg(long, value_name = "PATH", requires = "yes_destroy_data", help_heading = "Device of somebody else's")]
+    #[arg(long, value_name = "PATH", requires = "yes_destroy_data", conflicts_with_all = OURS, help_heading = "Device of somebody else's")]
     device: Option<PathBuf>,
-    #[arg(long, value_name = "COMMAND", requires = "yes_destroy_data", help = SERVER_HELP, help_heading = "Device of somebody else's")]
+    #[arg(long, value_name = "COMMAND", requires = "yes_destroy_data", conflicts_with_all = OURS, help = SERVER_HELP, help_heading = "Device of somebody else's")]
     server: Option<String>,
     /// Yes, destroy what is on it
     #[arg(long, help_heading = "Device of somebody else's")]
@@ -78,7 +93,7 @@ impl ExternalArgs {
                 (path, Some(Mutex::new(server)))
             }
         };
-        let claimed = checks::claim(&path, &Seen::default());
+        let claimed = checks::claim(&path);
         match claimed {
             Ok(claim) => Ok(Some(External { path, claim: Some(claim), server })),
             Err(failure) => {
@@ -131,5 +146,19 @@ impl External {
             None => Ok(()),
             Some(server) => server.into_inner().unwrap_or_else(PoisonError::into_inner).stop(context, &path),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Args as _;
+
+    use super::*;
+
+    #[test]
+    fn no_option_of_a_device_of_our_own_is_passed_over() {
+        let command = crate::target::TargetArgs::augment_args(clap::Command::new("any"));
+        let ids: Vec<_> = command.get_arguments().map(|argument| argument.get_id().as_str()).collect();
+        assert_eq!(ids, OURS);
     }
 }

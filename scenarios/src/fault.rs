@@ -20,7 +20,7 @@ use ublkit_harness::plan::Capabilities;
 use ublkit_harness::{Mutant, OpKind, Seed};
 
 use self::grid::Cell;
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, name_of};
 use crate::context::Context;
 use crate::scenario::{Failure, Needs, Plant, Scenario};
 use crate::server::Lie;
@@ -122,12 +122,10 @@ impl Scenario for Args {
 
     fn options(&self) -> BTreeMap<String, Value> {
         let mut options = self.target.options();
-        let name = |value: Option<clap::builder::PossibleValue>| value.map(|value| value.get_name().to_owned());
-        options.insert("grid".to_owned(), json!(name(self.grid.to_possible_value())));
+        options.insert("grid".to_owned(), json!(name_of(&self.grid)));
         options.insert("cells".to_owned(), json!(self.cells));
-        let only: Vec<_> = self.only.iter().map(|part| name(part.to_possible_value())).collect();
-        options.insert("only".to_owned(), json!(only));
-        options.insert("plant".to_owned(), json!(self.plant.and_then(|plant| name(plant.to_possible_value()))));
+        options.insert("only".to_owned(), json!(self.only.iter().map(name_of).collect::<Vec<_>>()));
+        options.insert("plant".to_owned(), json!(self.plant.as_ref().map(name_of)));
         options
     }
 

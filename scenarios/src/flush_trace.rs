@@ -26,7 +26,6 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -36,7 +35,7 @@ use self::numbers::{Numbers, duration};
 use self::planted::Bug;
 use self::story::Story;
 use self::workload::{Kind, Played, Stage, WritebackAge};
-use crate::cli::{CommonArgs, DURATION_VARIABLE};
+use crate::cli::{CommonArgs, DURATION_VARIABLE, name_of};
 use crate::clock::nanoseconds;
 use crate::context::Context;
 use crate::gates::KernelVersion;
@@ -98,14 +97,13 @@ impl Scenario for Args {
 
     fn options(&self) -> BTreeMap<String, Value> {
         let mut options = self.target.options();
-        let bug = self.plant.and_then(|bug| bug.to_possible_value()).map(|value| value.get_name().to_owned());
         options.extend(
             [
                 ("rounds", json!(self.rounds)),
                 ("writeback_age_ms", json!(self.writeback_age.map(|age| age.as_millis() as u64))),
                 ("records", json!(self.records)),
                 ("server_delay_ms", json!(self.server_delay.as_millis() as u64)),
-                ("plant", json!(bug)),
+                ("plant", json!(self.plant.as_ref().map(name_of))),
             ]
             .map(|(name, value)| (name.to_owned(), value)),
         );
@@ -204,7 +202,7 @@ impl Args {
             let device = format!(
                 "{} on {}, queues: {queues}, workers: {workers_backend}, data copied by {}",
                 format_bytes(*size),
-                backend.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default(),
+                name_of(backend),
                 match mode {
                     Mode::Copy => "the driver",
                     Mode::UserCopy => "the server",

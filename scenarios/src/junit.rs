@@ -1,6 +1,6 @@
 //! A run as a JUnit report: a test case for each step, and a suite for each part.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -23,14 +23,17 @@ pub(crate) struct JUnit {
 }
 
 impl JUnit {
-    /// Writes to `path`. A report that is there is removed: it is not about this run.
+    /// Writes to `path`. A report that is there is removed, for it is not about this run; what is no file (a device, a pipe, a
+    /// link) stays.
     pub(crate) fn new(path: PathBuf) -> io::Result<Self> {
         if let Some(dir) = path.parent().filter(|dir| !dir.as_os_str().is_empty()) {
             fs::create_dir_all(dir)?;
         }
         // Whether it can be written is better known before the run than after it.
-        fs::write(&path, "")?;
-        fs::remove_file(&path)?;
+        OpenOptions::new().write(true).create(true).truncate(true).open(&path)?;
+        if fs::symlink_metadata(&path)?.is_file() {
+            fs::remove_file(&path)?;
+        }
         Ok(Self { path, steps: Vec::new(), wrong: Vec::new(), parts: Vec::new() })
     }
 
@@ -175,6 +178,19 @@ mod tests {
         assert!(text.contains("tests=\"2\"") && text.contains("failures=\"0\""), "{text}");
         assert!(text.contains("name=\"open\" classname=\"probe\" time=\"1.500\""), "{text}");
         assert!(text.contains("42 of 42") && text.contains("name=\"verdict\""), "{text}");
+    }
+
+    #[test]
+    fn what_is_no_file_is_written_to_and_stays() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let link = dir.path().join("junit.xml");
+        std::os::unix::fs::symlink("/dev/null", &link).expect("link");
+        drop(JUnit::new(link.clone()).expect("it can be written"));
+        assert!(link.is_symlink(), "/dev/null itself would be gone");
+        let file = dir.path().join("old.xml");
+        std::fs::write(&file, "of an earlier run").expect("write");
+        drop(JUnit::new(file.clone()).expect("it can be written"));
+        assert!(!file.exists());
     }
 
     #[test]

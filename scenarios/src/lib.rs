@@ -36,6 +36,7 @@ mod page;
 mod parts;
 pub mod probe;
 mod reclaim;
+mod refusals;
 pub mod replay;
 pub mod runner;
 mod runs;

@@ -4,7 +4,7 @@
 //! `suite/suite.json` and `suite.status` of the suite; or `environment`, the reason why it could not be had. A file that is
 //! missing is a run that did not take place, and shows as that.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -54,6 +54,8 @@ struct Module {
     elapsed_ms: u64,
     /// Those that failed, and those that began and did not end.
     bad: Vec<String>,
+    /// Those that failed, or did not end, and passed when they were run again.
+    flaky: Vec<String>,
 }
 
 /// Prints the table, writes it as Markdown where that is asked for, and returns the exit status: 0 if all is well.
@@ -128,16 +130,34 @@ impl Column {
 
     fn modules(&self) -> BTreeMap<&str, Module> {
         let mut modules: BTreeMap<&str, Module> = BTreeMap::new();
+        // Those that failed, and those that began and have not ended, by their names.
+        let (mut failed, mut under_way) = (BTreeSet::new(), BTreeSet::new());
         for trial in &self.trials {
             let module = modules.entry(trial.name.split("::").next().unwrap_or_default()).or_default();
             let name = trial.name.clone();
             module.elapsed_ms += trial.elapsed_ms;
             // What began is bad until it has ended well.
             module.bad.retain(|bad| *bad != name);
+            let open = under_way.remove(&trial.name);
             match trial.outcome.as_str() {
+                "begun" => {
+                    under_way.insert(&trial.name);
+                    if open {
+                        failed.insert(&trial.name);
+                    }
+                    module.bad.push(name);
+                    continue;
+                }
                 "passed" => module.passed += 1,
                 "gated" => module.gated += 1,
-                _ => module.bad.push(name),
+                _ => {
+                    failed.insert(&trial.name);
+                    module.bad.push(name);
+                    continue;
+                }
+            }
+            if failed.contains(&trial.name) {
+                module.flaky.push(name);
             }
         }
         modules
@@ -212,7 +232,8 @@ fn module_cell(column: &Column, name: &str) -> String {
     let Some(module) = modules.get(name) else { return "not run".to_owned() };
     let some = |count: usize, what: &str| if count == 0 { String::new() } else { format!(", {count} {what}") };
     let (gated, bad) = (some(module.gated, "gated"), some(module.bad.len(), "FAILED"));
-    format!("{} passed{gated}{bad}, {}", module.passed, seconds(module.elapsed_ms))
+    let flaky = some(module.flaky.len(), "FLAKY");
+    format!("{} passed{gated}{flaky}{bad}, {}", module.passed, seconds(module.elapsed_ms))
 }
 
 fn all_trials(column: &Column) -> String {
@@ -224,7 +245,11 @@ fn all_trials(column: &Column) -> String {
     let bad: usize = modules.values().map(|module| module.bad.len()).sum();
     let took = modules.values().map(|module| module.elapsed_ms).sum();
     let (passed, gated): (usize, usize) = (passed.iter().sum(), gated.iter().sum());
-    format!("{passed} passed, {gated} gated, {bad} failed, {}", seconds(took))
+    let flaky = match modules.values().map(|module| module.flaky.len()).sum() {
+        0_usize => String::new(),
+        flaky => format!("{flaky} FLAKY, "),
+    };
+    format!("{passed} passed, {gated} gated, {flaky}{bad} failed, {}", seconds(took))
 }
 
 /// What the bugs of which kernel have kept from being run.
@@ -259,8 +284,13 @@ fn problems(columns: &[Column]) -> Vec<String> {
                 None => tell(format!("{what}: did not take place, or did not end")),
             }
         }
-        for bad in column.modules().into_values().flat_map(|module| module.bad) {
-            tell(format!("{bad} failed"));
+        for module in column.modules().into_values() {
+            for bad in module.bad {
+                tell(format!("{bad} failed"));
+            }
+            for flaky in module.flaky {
+                tell(format!("{flaky} failed, and passed when it was run again"));
+            }
         }
         if let Some(suite) = &column.suite {
             for part in suite.parts.iter().filter(|part| part.verdict != Verdict::Pass) {

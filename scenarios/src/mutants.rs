@@ -22,6 +22,7 @@ use ublkit_harness::{Mutant, Oracle, Oracles, Seed};
 use self::scenarios::Chosen;
 use crate::cli::CommonArgs;
 use crate::context::Context;
+use crate::parts::Processes;
 use crate::scenario::{Failure, Needs, Scenario};
 
 /// Everything is drawn from this unless another seed is given: the matrix is a gate, and a gate does not change by itself.
@@ -96,6 +97,7 @@ impl Scenario for Args {
         let mut options = vec![
             ("device_mode", json!(self.device_mode)),
             ("scenarios", json!(self.scenarios)),
+            ("alone", json!(self.alone)),
             ("only", json!(self.only.iter().map(ToString::to_string).collect::<Vec<_>>())),
         ];
         if !self.device_mode && !self.scenarios {
@@ -143,7 +145,7 @@ impl Scenario for Args {
         if self.scenarios {
             scenarios::run(&self.only, self.alone, context)
         } else if self.device_mode {
-            on_device::run(&self.mutants(), context)
+            on_device::run(&self.mutants(), &mut Processes, context)
         } else {
             self.simulate(context)
         }

@@ -11,16 +11,16 @@ use std::time::Duration;
 use ublkit_harness::Seed;
 use ublkit_harness::event::Part;
 
-pub(crate) use self::child::{Child, End, Followed};
+use self::child::{Child, End, Followed};
 pub(crate) use self::pick::{Pick, runnable};
 pub(crate) use self::process::Processes;
 use crate::context::Context;
 use crate::scenario::Failure;
 
 /// How long a part may take to end once it was asked to.
-pub(crate) const WIND_DOWN: Duration = Duration::from_secs(60);
+const WIND_DOWN: Duration = Duration::from_secs(60);
 /// How long all that is done after a part that did not end may take, beside that.
-pub(crate) const AFTERMATH: Duration = Duration::from_secs(120);
+const AFTERMATH: Duration = Duration::from_secs(120);
 
 /// A part to be run.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,10 +13,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use crate::cli::CommonArgs;
+use crate::cli::{CommonArgs, name_of};
 use crate::context::Context;
 use crate::external::ExternalArgs;
 use crate::inventory::Inventory;
@@ -41,7 +40,13 @@ pub struct Args {
     #[command(flatten)]
     external: ExternalArgs,
     /// Plant a bug in the server that no other scenario looks for
-    #[arg(long, value_enum, value_name = "NAME", help_heading = "Device")]
+    #[arg(
+        long,
+        value_enum,
+        value_name = "NAME",
+        conflicts_with_all = ["device", "server"],
+        help_heading = "Device"
+    )]
     plant: Option<Lie>,
 }
 
@@ -83,13 +88,17 @@ impl Scenario for Args {
         if self.external.is_asked_for() {
             return self.external.options().into_iter().collect();
         }
-        let plant = self.plant.and_then(|plant| plant.to_possible_value());
-        let plant = ("plant".to_owned(), json!(plant.map(|plant| plant.get_name().to_owned())));
+        let plant = ("plant".to_owned(), json!(self.plant.as_ref().map(name_of)));
         self.target.options().into_iter().chain([plant]).collect()
     }
 
     fn needs(&self) -> Needs {
         Needs { ublk: !self.external.is_asked_for(), tools: &["mkfs.ext4", "e2fsck"] }
+    }
+
+    fn meets_kernel_device(&self) -> bool {
+        // Somebody else's device too.
+        true
     }
 
     fn validate(&self) -> Result<(), Failure> {

@@ -8,13 +8,14 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::json;
 use ublkit::Signals;
 use ublkit_harness::event::{Event, Run, VerdictLine};
 use ublkit_harness::kernel_log::{Complaint, complaints};
 use ublkit_harness::report::{JsonLines, Terminal};
+use ublkit_harness::threads::dump_threads;
 use ublkit_harness::verdict::EXIT_USAGE;
 use ublkit_harness::watchdog::{REPORT_MAX, WatchdogOptions};
 use ublkit_harness::{EventLoop, EventSink, HangReport, Reporter, Seed, Verdict, Watchdog};
@@ -24,6 +25,7 @@ use crate::cli::complain;
 use crate::context::{Context, Interruption, SharedEvidence};
 use crate::dump;
 use crate::environment::{self, Host};
+use crate::in_flight::InFlight;
 use crate::junit::JUnit;
 use crate::kernel_log::KernelLog;
 use crate::page::Page;
@@ -41,6 +43,8 @@ const _: () = assert!(REPORT_MAX.as_millis() + LAST_RESORT.as_millis() < 10_000,
 const WIND_DOWN: Duration = Duration::from_secs(120);
 /// Complaints of the kernel that are told; a device without power has thousands.
 const COMPLAINTS_MAX: usize = 8;
+/// How long it may take, once all is over, until nothing of the run is left: the kernel sees to some of that by itself.
+const GONE: Duration = Duration::from_secs(10);
 /// How long it may take to clean up after earlier runs.
 const CLEAN_UP: Duration = Duration::from_secs(60);
 
@@ -145,10 +149,13 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     let watchdog = Watchdog::start(options, move |report| lose(report, &lost.0, &lost.1));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
-    let real = scenario.needs().ublk || scenario.options().get("device").is_some_and(|device| !device.is_null());
-    let kernel = real.then(Complaints::begin);
+    let kernel = scenario.meets_kernel_device().then(Complaints::begin);
     let log = kernel.is_some().then(KernelLog::from_here).and_then(Result::ok);
     dump::ask_for_all(&watchdog, log, scenario.common().report.clone());
+    let in_flight = InFlight::default();
+    let workers = in_flight.clone();
+    // Nothing is said where nobody ever was one.
+    watchdog.ask("the workers wait for", move || if workers.was_used() { workers.tell() } else { Vec::new() });
     let interruption = Interruption::default();
     let listener = Listener::start(interruption.clone(), ending.sink.clone(), Arc::clone(&watchdog))?;
     if scenario.needs().ublk {
@@ -168,6 +175,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         watchdog,
         interruption,
         record,
+        in_flight,
         detail: String::new(),
         deadline: scenario.common().deadline,
         io_is_sound: false,
@@ -180,6 +188,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     if let Err(failure) = &mut result {
         context.report(failure);
     }
+    result = nothing_left(&context, result);
     if let Some(kernel) = kernel {
         result = kernel.judge(&context, result);
     }
@@ -206,6 +215,52 @@ fn lose(report: HangReport, ending: &Ending, record: &RunRecord) {
     let code = ending.verdict(Verdict::Hang);
     let _unread = ending.sink.flush(LAST_WORDS);
     std::process::exit(code.into());
+}
+
+/// A run that leaves a device of its own behind, or a process that cannot be ended, has failed; unless it had failed before.
+fn nothing_left(context: &Context, result: Result<(), Failure>) -> Result<(), Failure> {
+    let watched = context.watchdog.guard("nothing is left", 3 * GONE);
+    let left = until_gone(&|| left(context), GONE);
+    drop(watched);
+    if left.is_empty() {
+        return result;
+    }
+    let what = format!("left behind {} s after the end: {}", GONE.as_secs(), left.join(", "));
+    match result {
+        Ok(()) | Err(Failure::Interrupted) => {
+            let mut failure = Failure::broke("leak", what);
+            context.report(&mut failure);
+            Err(failure)
+        }
+        Err(failure) => {
+            context.note(what);
+            Err(failure)
+        }
+    }
+}
+
+/// What is left after `patience`, or nothing as soon as there is nothing.
+fn until_gone(left: &dyn Fn() -> Vec<String>, patience: Duration) -> Vec<String> {
+    let until = Instant::now() + patience;
+    loop {
+        let left = left();
+        if left.is_empty() || Instant::now() >= until {
+            return left;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// Devices of this run, and processes that it started and that sleep uninterruptibly.
+fn left(context: &Context) -> Vec<String> {
+    let devices = context.record.left().into_iter().map(|id| format!("device {id}"));
+    let tasks = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
+    let children = tasks.map(|task| fs::read_to_string(task.path().join("children")).unwrap_or_default());
+    let children: Vec<u32> =
+        children.flat_map(|pids| pids.split_whitespace().flat_map(str::parse).collect::<Vec<_>>()).collect();
+    let threads = children.into_iter().flat_map(|pid| dump_threads(Path::new("/proc"), pid));
+    let stuck = threads.filter(|thread| thread.state.starts_with('D'));
+    devices.chain(stuck.map(|thread| format!("thread {} of process {}: {thread}", thread.tid, thread.pid))).collect()
 }
 
 /// What the kernel complains of while a run lasts.
@@ -390,5 +445,32 @@ fn quote(word: &str) -> String {
         word.to_owned()
     } else {
         format!("'{}'", word.replace('\'', r"'\''"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn what_goes_in_time_is_not_left() {
+        let looks = Cell::new(0);
+        let left = || {
+            looks.set(looks.get() + 1);
+            if looks.get() < 3 { vec!["device 7".to_owned()] } else { Vec::new() }
+        };
+        assert_eq!(until_gone(&left, Duration::from_secs(60)), [""; 0]);
+        let stays = || vec!["device 7".to_owned()];
+        assert_eq!(until_gone(&stays, Duration::from_millis(30)), ["device 7"]);
+    }
+
+    #[test]
+    fn a_run_that_leaves_nothing_ends_as_it_did() {
+        let testing = crate::context::testing::context();
+        nothing_left(&testing.context, Ok(())).expect("nothing is left");
+        let failed = nothing_left(&testing.context, Err(Failure::Environment("lacking".to_owned())));
+        assert_eq!(failed.expect_err("as before").verdict(), Some(Verdict::Environment));
     }
 }

@@ -258,6 +258,12 @@ impl RunRecord {
         kept.write();
     }
 
+    /// The devices of this run that still exist.
+    pub(crate) fn left(&self) -> Vec<u32> {
+        let kept = self.lock();
+        kept.run.devices.iter().filter(|made| kept.state.is_still(made)).map(|made| made.id).collect()
+    }
+
     /// Ends the record; it stays if a device of this run still exists. Returns what there is to tell.
     pub(crate) fn finish(&self) -> Option<String> {
         let mut kept = self.lock();
@@ -446,6 +452,21 @@ mod tests {
         machine.no_device(8);
         assert_eq!(record.finish(), None);
         assert_eq!(machine.records(), 0);
+    }
+
+    #[test]
+    fn what_is_left_is_what_was_made_and_still_exists() {
+        let machine = Machine::new();
+        let record = machine.state.record();
+        for id in [1, 2, 3] {
+            machine.device(id);
+            record.made(id);
+        }
+        record.gone(1);
+        machine.no_device(2);
+        // Another run's.
+        machine.device(4);
+        assert_eq!(record.left(), [3]);
     }
 
     #[test]

@@ -28,6 +28,11 @@ pub trait Scenario {
     /// What has to be there before the run begins.
     fn needs(&self) -> Needs;
 
+    /// Whether it meets a device of this machine's kernel, whoever serves it: what that kernel says during the run then counts.
+    fn meets_kernel_device(&self) -> bool {
+        self.needs().ublk
+    }
+
     /// Checks what can be checked without touching anything.
     ///
     /// # Errors
@@ -250,3 +255,36 @@ impl fmt::Display for Failure {
 }
 
 impl std::error::Error for Failure {}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, Command};
+
+    use super::*;
+
+    /// Options that are told under another name, or turned round.
+    const TOLD_AS: [(&str, &str); 3] = [("points", "phases"), ("what", "kind"), ("no_passes", "passes")];
+    /// What needs no telling: where it is somebody else's device, that is told in place of ours; with the simulator, it is
+    /// another scenario that runs.
+    const ELSEWHERE: [&str; 5] = ["device", "server", "yes_destroy_data", "sim", "threads"];
+
+    #[test]
+    fn what_a_run_was_asked_for_is_told_whole() {
+        let common = CommonArgs::augment_args(Command::new("any"));
+        let is_common = |id: &str| common.get_arguments().any(|argument| argument.get_id() == id);
+        for entry in SCENARIOS {
+            let command = (entry.augment)(Command::new(entry.name));
+            let needed = command.get_arguments().filter(|argument| argument.is_required_set());
+            let given = needed.map(|_| "something");
+            let matches = command.clone().get_matches_from(std::iter::once(entry.name).chain(given));
+            let options = (entry.parse)(&matches).expect("a scenario").options();
+            for argument in command.get_arguments() {
+                let id = argument.get_id().as_str();
+                let told = TOLD_AS.iter().find(|(own, _)| *own == id).map_or(id, |(_, told)| told);
+                let names = [told.to_owned(), format!("{told}_ms"), format!("{told}_us")];
+                let is_told = names.iter().any(|name| options.contains_key(name));
+                assert!(is_told || is_common(id) || ELSEWHERE.contains(&id), "{} does not tell --{id}", entry.name);
+            }
+        }
+    }
+}

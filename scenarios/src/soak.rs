@@ -2,6 +2,7 @@
 //! caught, so that a long quiet run proves that somebody was looking.
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -129,13 +130,28 @@ impl Soak {
         for name in ["rounds", "runs", "canaries_caught"] {
             context.evidence().require(name, 1);
         }
+        let mut bad = Vec::new();
+        let result = self.rounds(launch, &mut bad, context);
+        // A part that did too little is no failure, and yet none that passed.
+        let runs = context.evidence().snapshot().count("runs");
+        context.evidence().require("passed", runs);
+        match result {
+            // What did not pass before the end counts, whoever asked for that.
+            Ok(()) | Err(Failure::Interrupted) => outcome(&bad).and(result),
+            Err(failure) => Err(failure),
+        }
+    }
+
+    /// Round after round, until the time is over or a part did not pass.
+    fn rounds(&self, launch: &mut dyn Launch, bad: &mut Vec<Part>, context: &mut Context) -> Result<(), Failure> {
         let until = context.duration().map(|duration| Instant::now() + duration);
         let began = Instant::now();
-        let mut bad = Vec::new();
         for round in 1.. {
             let seed = context.seed().derive("round", round);
             let dir = context.report_dir().map(|dir| dir.join(format!("round-{round}")));
-            self.round(round, seed, dir.as_deref(), launch, &mut bad, context)?;
+            if self.round(round, seed, dir.as_deref(), launch, bad, context)?.is_break() {
+                break;
+            }
             context.evidence().add("rounds", 1);
             context.note(format!(
                 "round {round} is over after {} s: {} runs, {} that did not pass, {} canaries caught",
@@ -148,9 +164,10 @@ impl Soak {
                 break;
             }
         }
-        outcome(&bad)
+        Ok(())
     }
 
+    /// Every run and a canary. It breaks off at a part that did not pass, unless that is to be gone on after.
     fn round(
         &self,
         round: u64,
@@ -159,7 +176,7 @@ impl Soak {
         launch: &mut dyn Launch,
         bad: &mut Vec<Part>,
         context: &mut Context,
-    ) -> Result<(), Failure> {
+    ) -> Result<ControlFlow<()>, Failure> {
         for order in orders(&self.entries, seed, dir, self.deadline) {
             let mut order = stretched(order, self.stretch)?;
             order.name = format!("round {round}: {}", order.name);
@@ -170,13 +187,13 @@ impl Soak {
             } else {
                 bad.push(part);
                 if !self.keep_going {
-                    return outcome(bad);
+                    return Ok(ControlFlow::Break(()));
                 }
             }
         }
         let Some((entry, plant)) = canary(seed, &self.entries) else {
             context.note("no scenario of this soak has a bug to plant: nothing proves that it would see one");
-            return Ok(());
+            return Ok(ControlFlow::Continue(()));
         };
         let tries = canary_orders(entry, plant, seed, dir);
         let whole = tries.iter().map(Order::whole_deadline).sum();
@@ -190,7 +207,7 @@ impl Soak {
             for order in &tries {
                 forget(order.report.as_deref());
             }
-            return Ok(());
+            return Ok(ControlFlow::Continue(()));
         }
         let what = format!("{}/{} was planted in round {round} and not caught", entry.name, plant.name);
         Err(Failure::broke("canary", what))
@@ -255,6 +272,32 @@ mod tests {
         let (result, fake, _testing) = run(true, &[Fail, Pass, Fail]);
         assert_eq!(result.expect_err("a failure").verdict(), Some(Fail));
         assert_eq!(fake.1.len(), 3);
+    }
+
+    #[test]
+    fn a_part_that_did_too_little_keeps_the_soak_from_passing() {
+        use Verdict::{Environment, Fail, Pass, Vacuous};
+        for (keep_going, runs) in [(true, 3), (false, 1)] {
+            let (result, fake, testing) = run(keep_going, &[Vacuous, Pass, Fail]);
+            result.expect("left to the evidence");
+            let evidence = testing.context.evidence().snapshot();
+            evidence.judge().expect_err("one of its parts said nothing");
+            assert_eq!((fake.1.len(), evidence.count("rounds")), (runs, u64::from(keep_going)));
+        }
+        let (result, _, testing) = run(true, &[Vacuous, Environment, Fail]);
+        result.expect("left to the evidence");
+        testing.context.evidence().snapshot().judge().expect_err("no part passed");
+    }
+
+    #[test]
+    fn what_failed_before_an_interruption_is_a_failure() {
+        use Verdict::{Fail, Pass};
+        let mut testing = context();
+        let mut fake = Fake::new([Fail, Pass, Fail]);
+        fake.0.push_back(Err(Failure::Interrupted));
+        testing.context.duration = Some(Duration::from_secs(3600));
+        let result = soak(true).run(&mut fake, &mut testing.context);
+        assert_eq!(result.expect_err("a failure").verdict(), Some(Fail));
     }
 
     #[test]

@@ -17,7 +17,6 @@ mod faults;
 mod flights;
 pub mod mutants;
 pub(crate) mod outage;
-mod refusals;
 pub(crate) mod shared;
 pub(crate) mod sharing;
 mod tally;
@@ -45,6 +44,7 @@ use crate::aligned::AlignedBuf;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::external::ExternalArgs;
+use crate::refusals;
 use crate::scenario::{Failure, Needs, Scenario};
 use crate::server::Hang;
 use crate::target::{BackendKind, Storage, Target, TargetArgs};
@@ -174,6 +174,11 @@ impl Scenario for Args {
         Needs { ublk: !self.external.is_asked_for(), tools: &[] }
     }
 
+    fn meets_kernel_device(&self) -> bool {
+        // Somebody else's device too.
+        true
+    }
+
     fn validate(&self) -> Result<(), Failure> {
         self.external.validate()?;
         if self.workers == 0 || self.workers > 256 {
@@ -249,7 +254,7 @@ impl Args {
         let books = layout.books(&opened, context.seed(), !self.outages().is_empty());
         let until = None;
         let orders = Orders { ops: Some(0), until, passes: false, prefill: true, ..self.orders(context, &opened) };
-        let shared = Shared::new(orders, plan.options().workers, None, Arc::clone(context.watchdog()));
+        let shared = Shared::new(orders, plan.options().workers, None, context);
         let (opened, plan, layout_, books_) = (&opened, &plan, &layout, &books);
         let crew = Crew { subject, opened, plan, layout: layout_, books: books_, outages: Vec::new() };
         crew.work(context, &Arc::new(shared))?;
@@ -297,7 +302,7 @@ impl Args {
             let workers = plan.options().workers;
             let accounts =
                 opened.ours.then(|| Accounts::new(workers, self.errors_may_be(), opened.capabilities.flush));
-            let shared = Arc::new(Shared::new(orders, workers, accounts, Arc::clone(context.watchdog())));
+            let shared = Arc::new(Shared::new(orders, workers, accounts, context));
             let crew = Crew { subject, opened: &opened, plan: &plan, layout: &layout, books: &books, outages };
             let outcome = crew.work(context, &shared);
             let total = shared.total();

@@ -72,6 +72,12 @@ fn what_cannot_be_understood_is_a_usage_error() {
         (&["fault", "--mutant", "error-swallowed", "--only", "pieces,closing"], "grid or plain"),
         (&["chain", "--ops", "9"], "--duration"),
         (&["chain", "--capabilities", "flush"], "flush and fua"),
+        // What would be planted in a device of our own, or make one, is not passed over.
+        (&["torture", "--device", "/dev/x", "--yes-destroy-data", "--mutant", "lost-write"], "--mutant"),
+        (&["torture", "--server", "x", "--yes-destroy-data", "--read-only"], "--read-only"),
+        (&["torture", "--device", "/dev/x", "--yes-destroy-data", "--faults", "draw"], "--faults"),
+        (&["probe", "--server", "x", "--yes-destroy-data", "--size", "128M"], "--size"),
+        (&["probe", "--device", "/dev/x", "--yes-destroy-data", "--plant", "size-lie"], "--plant"),
     ] {
         let output = torture(args);
         assert_eq!(code(&output), 1, "{args:?}");

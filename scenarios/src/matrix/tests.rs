@@ -92,6 +92,23 @@ fn a_trial_that_does_not_end_is_a_failure() {
 }
 
 #[test]
+fn a_trial_that_passed_at_the_second_try_is_named() {
+    let matrix = Matrix::new();
+    for (first, name) in
+        [(&[("io::reads", "begun"), ("io::reads", "failed")][..], "fails"), (&[("io::reads", "begun")], "ends")]
+    {
+        let again =
+            [("io::reads", "begun"), ("io::reads", "passed"), ("io::writes", "begun"), ("io::writes", "passed")];
+        matrix.green(name).trials(name, &[first, &again].concat());
+        let columns = matrix.columns(&[name]);
+        assert_eq!(exit_code(&columns), 0, "CI says how often it tries");
+        let text = table(&columns).text();
+        assert!(text.contains("2 passed, 1 FLAKY") && text.contains("1 FLAKY, 0 failed"), "{text}");
+        assert_eq!(problems(&columns), [format!("{name}: io::reads failed, and passed when it was run again")]);
+    }
+}
+
+#[test]
 fn what_did_not_take_place_is_no_pass() {
     let matrix = Matrix::new();
     matrix.write("7.2", "release", "7.2.1\n");

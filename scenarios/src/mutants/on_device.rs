@@ -1,13 +1,13 @@
 //! Each mutant in a server of a real device: this program is started once for each, as `torture`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use ublkit_harness::event::{DeviceRow, Event, VerdictLine};
+use ublkit_harness::event::{DeviceRow, Event, Part, StepFinished};
 use ublkit_harness::mutant::OnDevice;
 use ublkit_harness::{Mutant, Verdict};
 
 use crate::context::Context;
-use crate::parts::{AFTERMATH, Child, End, Followed, WIND_DOWN};
+use crate::parts::{Launch, Order, seed_of};
 use crate::scenario::Failure;
 use crate::torture::mutants::arguments;
 
@@ -16,19 +16,21 @@ const DURATION: Duration = Duration::from_secs(60);
 /// How long a run may take to start, to wind down, to notice a hang and to say so.
 const AROUND: Duration = Duration::from_secs(300);
 
-pub(super) fn run(mutants: &[Mutant], context: &mut Context) -> Result<(), Failure> {
+pub(super) fn run(mutants: &[Mutant], launch: &mut dyn Launch, context: &mut Context) -> Result<(), Failure> {
     context.evidence().require("tried", mutants.iter().filter(|mutant| can_be(**mutant).is_ok()).count() as u64);
     let mut rows = Vec::new();
     let mut outcome = Ok(());
     for &mutant in mutants {
         let row = match can_be(mutant) {
             Err(why) => Ok(row_of(mutant, None, why)),
-            Ok(()) => try_one(mutant, context),
+            Ok(()) => try_one(mutant, launch, context),
         };
         match row {
             Ok(row) => {
                 context.sink().send(Event::DeviceRow(Box::new(row.clone())));
                 rows.push(row);
+                // Each time: what is killed halfway has the first half.
+                super::save(&rows, context.report_dir())?;
             }
             Err(failure) => {
                 outcome = Err(failure);
@@ -38,7 +40,6 @@ pub(super) fn run(mutants: &[Mutant], context: &mut Context) -> Result<(), Failu
     }
     count(&rows, context);
     context.note(summary(&rows));
-    super::save(&rows, context.report_dir())?;
     outcome?;
     judge(&rows)
 }
@@ -103,80 +104,135 @@ fn judge(rows: &[DeviceRow]) -> Result<(), Failure> {
             wrong.push(format!("{what} {names}"));
         }
     }
-    super::broke(wrong)
+    super::broke(wrong)?;
+    let fell_apart = named(|row| row.verdict == Some(Verdict::Internal));
+    if fell_apart.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::Internal(format!("these did not come to an end of their own: {fell_apart}")))
 }
 
-fn try_one(mutant: Mutant, context: &mut Context) -> Result<DeviceRow, Failure> {
+/// The run of `torture` on a device with this bug.
+fn order(mutant: Mutant, context: &Context) -> Order {
     let duration = context.duration().unwrap_or(DURATION);
-    let ours = duration + AROUND + WIND_DOWN + AFTERMATH;
-    context.step(mutant.name(), ours, |context| {
-        let mut words = vec!["torture".to_owned()];
-        words.extend(arguments(mutant.into()));
-        let seed = context.seed().derive(mutant.name(), 0).get() >> 11;
-        words.extend(["--seed".to_owned(), seed.to_string()]);
-        words.extend(["--duration".to_owned(), format!("{}ms", duration.as_millis())]);
-        words.extend(context.ops().iter().flat_map(|ops| ["--ops".to_owned(), ops.to_string()]));
-        words.push("--json".to_owned());
-        let child = Child::start(&words)?;
-        let mut row = row_of(mutant, None, "nothing was wrong");
-        row.repro = format!("ublk-torture {}", words[..words.len() - 1].join(" "));
-        let followed = follow(&child, &mut row, Instant::now() + duration + AROUND, context);
-        // It is waited for whatever came of it: no device is left behind.
-        let End { status, stderr, .. } = child.end()?;
-        match (followed?, status) {
-            (Followed::Verdict(verdict), Some(_)) => conclude(row, &verdict, &stderr),
-            // A hang is to be seen and told by the run itself.
-            (_, None) | (Followed::Late(_), _) => Err(Failure::Hang(format!("{} had to be ended", row.repro))),
-            (Followed::Mute, Some(status)) => {
-                Err(Failure::Internal(format!("{} ended without a verdict, with {status}: {stderr}", row.repro)))
-            }
+    let mut words = vec!["torture".to_owned()];
+    words.extend(arguments(mutant.into()));
+    words.extend(["--seed".to_owned(), seed_of(context.seed(), mutant.name(), 0).to_string()]);
+    words.extend(["--duration".to_owned(), format!("{}ms", duration.as_millis())]);
+    words.extend(context.ops().iter().flat_map(|ops| ["--ops".to_owned(), ops.to_string()]));
+    Order { name: mutant.name().to_owned(), words, report: None, deadline: duration + AROUND }
+}
+
+fn try_one(mutant: Mutant, launch: &mut dyn Launch, context: &mut Context) -> Result<DeviceRow, Failure> {
+    let order = order(mutant, context);
+    context.step(mutant.name(), order.whole_deadline(), |context| {
+        let part = launch.launch(&order, context)?;
+        if part.verdict == Verdict::Environment {
+            return Err(Failure::Environment(format!("{}: {}", part.repro, part.what)));
         }
+        let row = row_of_part(mutant, part);
+        context.detail(&row.what);
+        Ok(row)
     })
 }
 
-/// Follows the events of a run until its end, and keeps what they say in the row.
-fn follow(child: &Child, row: &mut DeviceRow, deadline: Instant, context: &mut Context) -> Result<Followed, Failure> {
-    let mut began = Instant::now();
-    let mut wrong = false;
-    let interruption = context.interruption().clone();
-    let followed = child.follow(deadline, &interruption, &mut |event| {
-        let what = match event {
-            Event::StepStarted(step) if step.name == "torture" => {
-                began = Instant::now();
-                return;
-            }
-            Event::Progress(progress) => {
-                row.ops = progress.ops;
-                return;
-            }
-            Event::Mismatch(mismatch) => mismatch.class.to_string(),
-            Event::Finding(finding) => format!("{}: {}", finding.oracle, finding.what),
-            Event::Hang(hang) => format!("{} did not end", hang.what),
-            _ => return,
-        };
-        if !wrong {
-            wrong = true;
-            row.elapsed_ms = began.elapsed().as_millis() as u64;
-            context.detail(&what);
-            row.what = what;
-        }
-    });
-    if !wrong {
-        row.elapsed_ms = began.elapsed().as_millis() as u64;
+/// What became of a run. One that had to be ended from outside, or fell apart after its verdict, has found nothing: that
+/// something is wrong, hangs among it, is to be seen and told by the run itself.
+fn row_of_part(mutant: Mutant, part: Part) -> DeviceRow {
+    let by_itself = part.exit_code == Some(part.verdict.exit_code().into());
+    let counted = |name: &str| part.evidence.get(name).copied().unwrap_or(0);
+    DeviceRow {
+        hits: counted("mutant_hits"),
+        ops: counted("ops"),
+        elapsed_ms: until_wrong(&part),
+        verdict: Some(if by_itself { part.verdict } else { Verdict::Internal }),
+        what: if part.verdict == Verdict::Pass { "nothing was wrong".to_owned() } else { part.what },
+        repro: part.repro,
+        ..row_of(mutant, None, "")
     }
-    followed
 }
 
-/// The row of a run that ended with a verdict.
-fn conclude(mut row: DeviceRow, line: &VerdictLine, stderr: &str) -> Result<DeviceRow, Failure> {
-    match line.verdict {
-        Verdict::Environment => return Err(Failure::Environment(format!("{}: {stderr}", row.repro))),
-        Verdict::Internal => return Err(Failure::Internal(format!("{}: {stderr}", row.repro))),
-        _ => {}
+/// The time from the first operation until something was wrong, or until the end.
+fn until_wrong(part: &Part) -> u64 {
+    let sum = |steps: &[StepFinished]| steps.iter().map(|step| step.elapsed_ms).sum::<u64>();
+    let first = part.steps.iter().position(|step| step.name == "torture").unwrap_or(part.steps.len());
+    let (before, from) = part.steps.split_at(first);
+    match from.iter().position(|step| !step.ok) {
+        Some(wrong) => sum(&from[..=wrong]),
+        None if part.verdict == Verdict::Pass => sum(from),
+        // A step that hung has no end.
+        None => part.elapsed_ms.saturating_sub(sum(before)),
     }
-    let counted = |name: &str| line.evidence.get(name).copied();
-    row.verdict = Some(line.verdict);
-    row.hits = counted("mutant_hits").unwrap_or(0);
-    row.ops = counted("ops").unwrap_or(row.ops);
-    Ok(row)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::context::testing::{Testing, context};
+
+    /// Runs that end with a verdict and an exit status.
+    struct Fake(Vec<(Verdict, Option<i32>)>);
+
+    impl Launch for Fake {
+        fn launch(&mut self, order: &Order, _: &mut Context) -> Result<Part, Failure> {
+            let (verdict, exit_code) = self.0.remove(0);
+            let step = |name: &str, ok, elapsed_ms| StepFinished {
+                name: name.into(),
+                ok,
+                detail: String::new(),
+                elapsed_ms,
+                deadline_ms: 1,
+            };
+            Ok(Part {
+                name: order.name.clone(),
+                verdict,
+                exit_code,
+                elapsed_ms: 9000,
+                what: "something".to_owned(),
+                evidence: [("ops".to_owned(), 42), ("mutant_hits".to_owned(), 3)].into(),
+                gates: Vec::new(),
+                steps: vec![step("start", true, 1000), step("torture", verdict == Verdict::Pass, 500)],
+                report: None,
+                repro: order.repro(),
+            })
+        }
+    }
+
+    fn tried(ends: &[(Verdict, Option<i32>)]) -> (Result<(), Failure>, Vec<DeviceRow>, Testing) {
+        let mut testing = context();
+        let dir = tempfile::tempdir().expect("a directory");
+        testing.context.report_dir = Some(dir.path().to_owned());
+        let mutants: Vec<_> = Mutant::ALL
+            .into_iter()
+            .filter(|mutant| can_be(*mutant).is_ok() && !mutant.is_control())
+            .take(ends.len())
+            .collect();
+        let result = run(&mutants, &mut Fake(ends.to_vec()), &mut testing.context);
+        let saved = std::fs::read(dir.path().join(super::super::FILE)).unwrap_or_default();
+        (result, serde_json::from_slice(&saved).unwrap_or_default(), testing)
+    }
+
+    #[test]
+    fn what_a_run_finds_by_itself_is_found() {
+        let (result, rows, _testing) = tried(&[(Verdict::Fail, Some(2)), (Verdict::Hang, Some(3))]);
+        result.expect("both are found");
+        assert!(rows.iter().all(DeviceRow::found));
+        assert_eq!((rows[0].ops, rows[0].hits, rows[0].elapsed_ms), (42, 3, 500));
+    }
+
+    #[test]
+    fn a_run_that_had_to_be_ended_has_found_nothing_and_the_others_are_run() {
+        for bad in [(Verdict::Hang, None), (Verdict::Hang, Some(5)), (Verdict::Fail, Some(70))] {
+            let (result, rows, _testing) = tried(&[bad, (Verdict::Fail, Some(2))]);
+            assert_eq!(result.expect_err("not as it should be").verdict(), Some(Verdict::Internal), "{bad:?}");
+            assert_eq!(rows.iter().map(DeviceRow::found).collect::<Vec<_>>(), [false, true], "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn what_survives_is_a_failure() {
+        let (result, _, testing) = tried(&[(Verdict::Pass, Some(0)), (Verdict::Internal, Some(70))]);
+        assert_eq!(result.expect_err("nobody finds it").verdict(), Some(Verdict::Fail));
+        assert_eq!(testing.context.evidence().snapshot().count("tried"), 2);
+    }
 }

@@ -16,6 +16,7 @@ use ublkit_harness::threads::{ThreadDump, dump_threads};
 use super::WIND_DOWN;
 use crate::context::Interruption;
 use crate::scenario::Failure;
+use crate::server;
 
 /// How often it is looked whether somebody wants an end.
 const LOOK: Duration = Duration::from_millis(100);
@@ -70,7 +71,10 @@ impl Child {
         let (Some(stdout), Some(stderr)) = (process.stdout.take(), process.stderr.take()) else {
             return Err(Failure::Internal("a child without pipes".to_owned()));
         };
-        Ok(Self { process, events: read(stdout), stderr: last_words(stderr) })
+        let child = Self { process, events: read(stdout), stderr: last_words(stderr) };
+        // Where this process is lost, so is its part; that one's servers see that it is gone.
+        server::adopt(child.process.id());
+        Ok(child)
     }
 
     /// Follows the events until the verdict, the end or the deadline, and hands every one but the verdict to `each`.
@@ -88,17 +92,19 @@ impl Child {
                 self.ask_to_end();
                 return Err(Failure::Interrupted);
             }
-            match self.events.recv_timeout(LOOK) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // However much it says: to be told of is not to be over.
+            if left.is_zero() {
+                let threads =
+                    self.family().into_iter().flat_map(|pid| dump_threads(Path::new("/proc"), pid)).collect();
+                self.ask_to_end();
+                return Ok(Followed::Late(threads));
+            }
+            match self.events.recv_timeout(left.min(LOOK)) {
                 Ok(Event::Verdict(line)) => return Ok(Followed::Verdict(line)),
                 Ok(event) => each(event),
                 Err(RecvTimeoutError::Disconnected) => return Ok(Followed::Mute),
-                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => {}
-                Err(RecvTimeoutError::Timeout) => {
-                    let threads = self.family().into_iter().flat_map(|pid| dump_threads(Path::new("/proc"), pid));
-                    let threads = threads.collect();
-                    self.ask_to_end();
-                    return Ok(Followed::Late(threads));
-                }
+                Err(RecvTimeoutError::Timeout) => {}
             }
         }
     }
@@ -135,6 +141,10 @@ impl Child {
         loop {
             let status = self.process.try_wait();
             let status = status.map_err(|error| Failure::Internal(format!("cannot wait for a child: {error}")))?;
+            if status.is_some() {
+                // Its number may be somebody else's from now on.
+                server::forget(self.process.id());
+            }
             if status.is_some() || Instant::now() >= deadline {
                 return Ok(status);
             }
@@ -215,4 +225,37 @@ fn last_words(mut stderr: ChildStderr) -> Receiver<String> {
         let _nobody_waits = sender.send(lines[lines.len().saturating_sub(LAST_LINES)..].join("\n"));
     });
     words
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_part_that_never_pauses_is_late_all_the_same() {
+        let process = Command::new("sleep").arg("600").process_group(0).spawn().expect("sleep");
+        let (sender, events) = mpsc::channel();
+        let talk = thread::spawn(move || while sender.send(Event::note("still here")).is_ok() {});
+        server::adopt(process.id());
+        let child = Child { process, events, stderr: mpsc::channel().1 };
+        let mut heard = 0_u64;
+        let deadline = Instant::now() + Duration::from_millis(300);
+        let followed = child.follow(deadline, &Interruption::default(), &mut |_| heard += 1);
+        assert!(matches!(followed, Ok(Followed::Late(_))));
+        assert!(heard > 0);
+        let status = child.end().expect("an end").status.expect("it ends when asked to");
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(Signal::SIGTERM as i32));
+        talk.join().expect("nobody listens any more");
+    }
+
+    #[test]
+    fn a_part_is_lost_with_the_run_as_long_as_it_lives() {
+        // The program of these tests lists them and ends.
+        let child = Child::start(&["--list".to_owned()]).expect("a process");
+        let pid = child.process.id();
+        let known = || server::running_now().iter().any(|running| running.pid == pid);
+        assert!(known());
+        child.end().expect("an end");
+        assert!(!known(), "its number may be somebody else's");
+    }
 }

@@ -3,6 +3,7 @@
 use std::fmt::Display;
 use std::fs;
 use std::path::Path;
+use std::process::ExitStatus;
 use std::time::Instant;
 
 use ublkit_harness::Verdict;
@@ -38,9 +39,11 @@ impl Launch for Processes {
             repro: order.repro(),
         };
         let mut wrong = None;
+        let mut ops = 0;
         let (sink, interruption) = (context.sink().clone(), context.interruption().clone());
         let followed = child.follow(began + order.deadline, &interruption, &mut |event| {
             if let Event::Progress(progress) = event {
+                ops = progress.ops;
                 sink.send(Event::Progress(Progress { what: order.name.clone(), ..progress }));
             } else if let Some(what) = keep(&mut part, event) {
                 wrong.get_or_insert(what);
@@ -55,6 +58,12 @@ impl Launch for Processes {
                 part.verdict = line.verdict;
                 part.evidence = line.evidence;
                 part.repro = line.repro;
+                if let Some(contradiction) = end.status.and_then(|status| contradicts(line.verdict, status)) {
+                    part.verdict = worse(part.verdict, Verdict::Internal);
+                    let also = format!("{contradiction}: {}", end.stderr);
+                    wrong =
+                        Some(wrong.map_or_else(String::new, |wrong| first_line(&wrong).to_owned() + "; ") + &also);
+                }
                 Vec::new()
             }
             Followed::Mute => {
@@ -68,6 +77,11 @@ impl Launch for Processes {
                 threads
             }
         };
+        if part.verdict == Verdict::Hang {
+            // Who hangs has not added up what was done.
+            let told = part.evidence.entry("ops".to_owned()).or_default();
+            *told = ops.max(*told);
+        }
         if end.status.is_none() {
             part.verdict = worse(part.verdict, Verdict::Hang);
             wrong.get_or_insert("did not end after its verdict, and was killed".to_owned());
@@ -79,7 +93,8 @@ impl Launch for Processes {
         // The run itself says what it thinks of I/O errors.
         if let Some(Complaint { what: alarm, .. }) = complaints(&said, false).first() {
             part.verdict = worse(part.verdict, Verdict::Fail);
-            wrong = Some(wrong.map_or_else(String::new, |wrong| wrong + "; ") + "the kernel complained: " + alarm);
+            let said = wrong.map_or_else(String::new, |wrong| first_line(&wrong).to_owned() + "; ");
+            wrong = Some(said + "the kernel complained: " + alarm);
         }
         part.what = match (part.verdict, wrong) {
             (Verdict::Pass, _) => telling(&part.evidence),
@@ -147,6 +162,16 @@ fn keep(part: &mut Part, event: Event) -> Option<String> {
     }
 }
 
+/// What is wrong with an exit status that is not that of the verdict: it fell apart after it.
+fn contradicts(verdict: Verdict, status: ExitStatus) -> Option<String> {
+    let same = status.code() == Some(verdict.exit_code().into());
+    (!same).then(|| format!("ended with {status} after the verdict {verdict}"))
+}
+
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
+}
+
 fn worse(one: Verdict, other: Verdict) -> Verdict {
     if super::severity(one) >= super::severity(other) { one } else { other }
 }
@@ -173,4 +198,28 @@ fn keep_failure(
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
+    use super::*;
+
+    #[test]
+    fn an_exit_status_has_to_be_that_of_the_verdict() {
+        let code = |code: i32| ExitStatus::from_raw(code << 8);
+        for verdict in [Verdict::Pass, Verdict::Fail, Verdict::Hang, Verdict::Environment, Verdict::Vacuous] {
+            assert_eq!(contradicts(verdict, code(verdict.exit_code().into())), None);
+        }
+        for (verdict, status) in [
+            (Verdict::Pass, code(70)),
+            (Verdict::Pass, code(4)),
+            (Verdict::Pass, ExitStatus::from_raw(nix::libc::SIGSEGV)),
+            (Verdict::Fail, code(0)),
+        ] {
+            let told = contradicts(verdict, status).expect("a contradiction");
+            assert!(told.contains(&status.to_string()) && told.contains(verdict.as_str()), "{told}");
+        }
+    }
 }

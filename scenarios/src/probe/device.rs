@@ -13,6 +13,7 @@ use ublkit_harness::{DiscardPromise, Outcome, Pattern, SectorRange, SeededRng, S
 
 use crate::aligned::AlignedBuf;
 use crate::context::Context;
+use crate::refusals;
 use crate::scenario::Failure;
 use crate::sysfs::BlockDir;
 use crate::target::{BackendKind, Target, TargetArgs};
@@ -78,32 +79,16 @@ pub(super) fn check_far_offsets(
 /// A device that is to be read-only says so, takes no write, and asks its backend for none.
 pub(super) fn check_read_only(context: &mut Context, args: &TargetArgs, made: &mut Vec<u32>) -> Result<(), Failure> {
     let args = TargetArgs { read_only: true, backend: BackendKind::Memory, ..args.clone() };
+    context.evidence().require("refusals", refusals::ATTEMPTS);
     context.step("read-only", Duration::from_secs(60), |context| {
         let target = args.start(context)?;
         made.push(target.id());
-        let checked = refuses_writes(&target);
+        let checked = refusals::check(context, &target);
         let closed = target.close(context);
-        checked.and(closed)?;
-        context.detail("it says so, and takes no write");
+        let attempts = checked.and_then(|attempts| closed.map(|()| attempts))?;
+        context.detail(format!("it says so, and takes nothing in {attempts} attempts"));
         Ok(())
     })
-}
-
-fn refuses_writes(target: &Target) -> Result<(), Failure> {
-    equal("ro", &BlockDir::of(&target.path()).number("ro")?, &1)?;
-    let reader = target.open_direct()?;
-    let by_ioctl = blkdev::read_only(&reader).map_err(|error| Failure::io("ask whether it is read-only", &error))?;
-    equal("read-only by BLKROGET", &by_ioctl, &true)?;
-    let block = target.geometry().logical_block as usize;
-    let mut buf = AlignedBuf::zeroed(block);
-    reader.read_exact_at(&mut buf, 0).map_err(|error| Failure::io("read from it", &error))?;
-    // Whether it opens for writing is up to the kernel; a write is refused either way.
-    if let Ok(writer) = File::options().read(true).write(true).custom_flags(libc::O_DIRECT).open(target.path())
-        && writer.write_at(&buf, 0).is_ok()
-    {
-        return Err(Failure::broke("read-only", "a write to a read-only device succeeded"));
-    }
-    count("writes that reached the backend", target.counts()?.writes as usize, 0)
 }
 
 fn node(context: &mut Context, target: &Target) -> Result<(), Failure> {

@@ -18,7 +18,7 @@ use ublkit_harness::sim::server::{Buffers, Commit, Server, TagId, Work};
 use ublkit_harness::{OpKind, SECTOR, SectorRange};
 
 use super::hang::Plant;
-use crate::in_flight::{InFlight, Noted};
+use crate::in_flight::{InFlight, Noted, Who};
 
 /// Makes servers, on the thread that runs them.
 pub(super) type Make = Box<dyn FnMut(Open) -> Box<dyn Server> + Send>;
@@ -62,7 +62,7 @@ impl Handler for Forward {
     }
 }
 
-fn note(in_flight: &InFlight, TagId { queue, tag }: TagId, request: &Request<'_>) -> Noted {
+fn note(in_flight: &InFlight, tag: TagId, request: &Request<'_>) -> Noted {
     let io = request.io();
     let kind = match io.operation() {
         Operation::Write if io.fua() => OpKind::WriteFua,
@@ -74,7 +74,7 @@ fn note(in_flight: &InFlight, TagId { queue, tag }: TagId, request: &Request<'_>
     };
     let sector = SECTOR as u64;
     let range = SectorRange::new(io.offset() / sector, io.len() / sector);
-    in_flight.begin(format!("tag {tag} of queue {queue}"), kind, range)
+    in_flight.begin(Who::Tag(tag), kind, range)
 }
 
 impl Bridge {

@@ -5,7 +5,7 @@ use std::io;
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 use ublkit_harness::{OpKind, SECTOR, SectorRange};
 
-use crate::in_flight::InFlight;
+use crate::in_flight::{InFlight, Who};
 
 /// A backend whose calls are in flight, in a table, while they last.
 pub(super) struct InTable<B> {
@@ -16,8 +16,7 @@ pub(super) struct InTable<B> {
 impl<B: Backend> InTable<B> {
     fn call(&self, kind: OpKind, offset: u64, len: u64, call: impl FnOnce(&B) -> io::Result<()>) -> io::Result<()> {
         let range = SectorRange::new(offset / SECTOR as u64, len / SECTOR as u64);
-        let thread = std::thread::current();
-        let _noted = self.table.begin(thread.name().unwrap_or("a thread without a name"), kind, range);
+        let _noted = self.table.begin(Who::this_thread(), kind, range);
         call(&self.inner)
     }
 }

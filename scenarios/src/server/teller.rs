@@ -50,13 +50,14 @@ pub(crate) fn ask(pid: u32, limit: Duration) -> io::Result<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::in_flight::Who;
     use ublkit_harness::{OpKind, SectorRange};
 
     #[test]
     fn who_asks_is_told() {
         let in_flight = InFlight::default();
         start(in_flight.clone()).expect("starts");
-        let _noted = in_flight.begin("queue 0", OpKind::Write, SectorRange::new(8, 8));
+        let _noted = in_flight.begin(Who::this_thread(), OpKind::Write, SectorRange::new(8, 8));
         let pid = std::process::id();
         let told = ask(pid, Duration::from_secs(5)).expect("an answer");
         assert!(told[0].starts_with("write of sectors 8+8"), "{told:?}");

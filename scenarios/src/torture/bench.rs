@@ -78,7 +78,7 @@ impl<'a> Bench<'a> {
         let workers = plan.options().workers;
         let asked = work.outages.is_empty();
         let accounts = asked.then(|| Accounts::new(workers, work.errors_may_be, capabilities.flush));
-        let shared = Arc::new(Shared::new(orders, workers, accounts, Arc::clone(context.watchdog())));
+        let shared = Arc::new(Shared::new(orders, workers, accounts, context));
         let Self { subject, opened, layout, books } = self;
         Crew { subject, opened, plan: &plan, layout, books, outages: work.outages }.work(context, &shared)
     }

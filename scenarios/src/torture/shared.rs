@@ -9,6 +9,7 @@ use ublkit_harness::Watchdog;
 use super::accounts::Accounts;
 use super::outage::Outages;
 use super::tally::Tally;
+use crate::context::Context;
 use crate::in_flight::InFlight;
 
 /// What the workers are told before they begin.
@@ -46,18 +47,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(orders: Orders, workers: u32, accounts: Option<Accounts>, watchdog: Arc<Watchdog>) -> Self {
+    pub(crate) fn new(orders: Orders, workers: u32, accounts: Option<Accounts>, context: &Context) -> Self {
         Self {
             orders,
             outages: Outages::new(workers),
             accounts,
-            in_flight: {
-                let in_flight = InFlight::default();
-                let table = in_flight.clone();
-                watchdog.ask("the workers wait for", move || table.tell());
-                in_flight
-            },
-            watchdog,
+            // It is asked for once for the whole run, however many crews there are.
+            in_flight: context.in_flight.clone(),
+            watchdog: Arc::clone(context.watchdog()),
             stop: AtomicBool::new(false),
             tallies: (0..workers).map(|_| Arc::default()).collect(),
             told: Mutex::new(Instant::now()),

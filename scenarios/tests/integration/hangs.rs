@@ -24,6 +24,19 @@ cases!("hangs":
 const AFTER: Duration = Duration::from_secs(10);
 /// What the program itself takes until the step that hangs begins, in an emulated guest that is busy.
 const UNTIL: Duration = Duration::from_secs(15);
+/// What it takes from the beginning of the load to the request that hangs.
+const LEAD: Duration = Duration::from_secs(5);
+
+/// From when on the deadline counts.
+#[derive(Clone, Copy)]
+enum Since {
+    /// From the beginning of this step, which is what hangs.
+    Step(&'static str),
+    /// From a request of the load.
+    Load,
+    /// From then.
+    Then(Instant),
+}
 
 /// A run of torture; killed, with its server, when it is dropped.
 struct Run {
@@ -55,16 +68,30 @@ impl Run {
         Self { child, report, begun: Instant::now() }
     }
 
+    /// Whether this step has begun.
+    fn is_in(&self, step: &str) -> bool {
+        let events = std::fs::read_to_string(self.report.path().join("events.jsonl")).unwrap_or_default();
+        let begins = format!(r#""event":"step_started","name":"{step}""#);
+        events.contains(&begins)
+    }
+
     /// Waits for its end, which has to come in time, with status 3 and nothing left.
-    fn hangs(mut self, deadline: Duration) -> Ended {
-        let until = self.begun + UNTIL + deadline + AFTER;
+    fn hangs(mut self, since: Since, deadline: Duration) -> Ended {
+        let mut began = None;
         let status = loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
                 break status;
             }
+            began = began.or_else(|| match since {
+                Since::Step(step) => self.is_in(step).then(Instant::now),
+                Since::Load => self.is_in("torture").then(|| Instant::now() + LEAD),
+                Since::Then(then) => Some(then),
+            });
+            let until = began.unwrap_or(self.begun + UNTIL) + deadline + AFTER;
             assert!(Instant::now() < until, "the run goes on {AFTER:?} after its deadline of {deadline:?}");
-            std::thread::sleep(Duration::from_millis(10));
+            std::thread::sleep(Duration::from_millis(50));
         };
+        assert!(began.is_some(), "what was to hang had not begun");
         let report = std::mem::replace(&mut self.report, tempfile::tempdir().expect("a directory"));
         let read = |file: &str| std::fs::read_to_string(report.path().join(file)).unwrap_or_default();
         let text = read("report.txt");
@@ -111,13 +138,22 @@ fn processes() -> Vec<i32> {
 }
 
 impl Ended {
-    /// A thread named so stands in `function`.
-    fn stands_in(&self, thread: &str, function: &str) {
+    fn is_found_in(&self, thread: &str, function: &str) -> bool {
         let threads = self.hang["threads"].as_array().expect("threads");
         let frames = |thread: &Value| thread["user"].to_string();
-        let found = threads.iter().any(|one| {
+        threads.iter().any(|one| {
             one["comm"].as_str().is_some_and(|comm| comm.starts_with(thread)) && frames(one).contains(function)
-        });
+        })
+    }
+
+    /// A thread named so stands in `function`, which the symbol table says in any case: there is time for that.
+    fn is_named(&self, thread: &str, function: &str) {
+        assert!(self.is_found_in(thread, function), "no {thread} in {function}:\n{}", self.text);
+    }
+
+    /// A thread named so stands in `function`.
+    fn stands_in(&self, thread: &str, function: &str) {
+        let found = self.is_found_in(thread, function);
         let late = ["backtraces: incomplete", "backtraces: no answer within"];
         if !found && late.iter().any(|late| self.text.contains(late)) {
             // What a report may take is bounded, and this machine is too busy.
@@ -149,7 +185,8 @@ const SECONDS_6: Duration = Duration::from_secs(6);
 const SECONDS_9: Duration = Duration::from_secs(9);
 
 fn a_backend_that_never_returns() {
-    let ended = Run::start("--hang backend --stall 3s --duration 20s --workers-backend 2").hangs(SECONDS_3);
+    let ended =
+        Run::start("--hang backend --stall 3s --duration 20s --workers-backend 2").hangs(Since::Load, SECONDS_3);
     ended.stands_in("ublk", "never_returns");
     ended.stands_in("torture-", "operations");
     ended.waits("in flight: server", 2.0);
@@ -162,13 +199,13 @@ fn a_backend_that_never_returns() {
 }
 
 fn a_handler_that_never_returns() {
-    let ended = Run::start("--hang queue --stall 3s --duration 20s").hangs(SECONDS_3);
-    ended.stands_in("ublk", "never_returns");
+    let ended = Run::start("--hang queue --stall 3s --duration 20s").hangs(Since::Load, SECONDS_3);
+    ended.is_named("ublk", "never_returns");
     ended.waits("in flight: server", 2.0);
 }
 
 fn a_queue_that_never_fetches() {
-    let ended = Run::start("--hang start --deadline 6s").hangs(SECONDS_6);
+    let ended = Run::start("--hang start --deadline 6s").hangs(Since::Step("start"), SECONDS_6);
     ended.stands_in("ublk", "never_returns");
     ended.stands_in("ublk-torture", "serve");
     ended.says("driver: ", "DeviceInfo");
@@ -176,7 +213,8 @@ fn a_queue_that_never_fetches() {
 
 /// The reader sleeps uninterruptibly and cannot be stopped: where it came from is told all the same.
 fn a_read_that_is_never_answered() {
-    let ended = Run::start("--hang read --ops 20 --deadline 9s").hangs(SECONDS_9);
+    let ended = Run::start("--hang read --ops 20 --deadline 9s")
+        .hangs(Since::Step("verify through a second opening"), SECONDS_9);
     ended.stands_in("ublk", "never_returns");
     // Of a thread that the kernel keeps, a part of the way back is not always found.
     ended.stands_in("ublk-torture", "read_at");
@@ -185,7 +223,8 @@ fn a_read_that_is_never_answered() {
 }
 
 fn a_stop_behind_a_held_request() {
-    let ended = Run::start("--hang stop --ops 20 --deadline 9s --workers-backend 2").hangs(SECONDS_9);
+    let ended =
+        Run::start("--hang stop --ops 20 --deadline 9s --workers-backend 2").hangs(Since::Step("close"), SECONDS_9);
     ended.stands_in("ublk", "never_returns");
     ended.waits("in flight: server", 1.0);
     let events = std::fs::read_to_string(ended.report.path().join("events.jsonl")).expect("events");
@@ -193,7 +232,7 @@ fn a_stop_behind_a_held_request() {
 }
 
 fn a_worker_that_never_comes_back() {
-    let ended = Run::start("--hang worker --stall 3s --duration 20s").hangs(SECONDS_3);
+    let ended = Run::start("--hang worker --stall 3s --duration 20s").hangs(Since::Load, SECONDS_3);
     ended.stands_in("torture-0", "never_returns");
     ended.waits("the workers wait for: ", 2.0);
 }
@@ -207,10 +246,11 @@ fn a_server_that_was_stopped() {
     }
     // Well into its work.
     std::thread::sleep(Duration::from_secs(1));
+    let stopped = Instant::now();
     for server in processes() {
         kill(Pid::from_raw(server), Signal::SIGSTOP).expect("stop");
     }
-    let ended = run.hangs(SECONDS_3);
+    let ended = run.hangs(Since::Then(stopped), SECONDS_3);
     // By whoever gives up first.
     ended.says("in flight: ", "no answer");
     ended.waits("the workers wait for: ", 2.0);

@@ -8,7 +8,7 @@ use ublkit_harness::{Op, OpKind, Outcome, SectorRange};
 
 use super::Worker;
 use crate::clock::nanoseconds;
-use crate::in_flight::Noted;
+use crate::in_flight::{Noted, Who};
 use crate::scenario::Failure;
 use crate::torture::accounts::{Accounts, End};
 use crate::torture::flights::{Flight, Flights};
@@ -66,7 +66,7 @@ impl Worker {
     }
 
     fn note(&self, op: Op) -> Noted {
-        self.shared.in_flight.begin(format!("worker {}, operation {}", self.index, op.index), op.kind, op.range)
+        self.shared.in_flight.begin(Who::Worker { worker: self.index, op: op.index }, op.kind, op.range)
     }
 
     /// Discards have no io_uring operation on all kernels that matter, so they are done at once, beside what is in flight.

@@ -1,4 +1,4 @@
-//! A device that is read-only: filled before it is, and never changed after.
+//! A device that is read-only: it can be read, and nothing changes it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -16,14 +16,14 @@ use crate::sysfs::BlockDir;
 use crate::target::Target;
 
 /// How many attempts a check makes, at least.
-pub(super) const ATTEMPTS: u64 = 2 * 9;
+pub(crate) const ATTEMPTS: u64 = 2 * 9;
 
 /// The oracle's name in findings.
 const ORACLE: &str = "read_only";
 
 /// Tries to change the device in every way that there is, at its beginning, in its middle and at its end. All of it has to be
 /// refused, and none of it may reach the backend.
-pub(super) fn check(context: &Context, target: &Target) -> Result<u64, Failure> {
+pub(crate) fn check(context: &Context, target: &Target) -> Result<u64, Failure> {
     let path = target.path();
     let node = path.display();
     if BlockDir::of(&path).number("ro")? != 1 {
@@ -41,13 +41,18 @@ pub(super) fn check(context: &Context, target: &Target) -> Result<u64, Failure> 
     };
     let block = target.geometry().logical_block as usize;
     let (size, len) = (target.geometry().size, block as u64);
-    let zeroes = AlignedBuf::zeroed(block);
+    let mut zeroes = AlignedBuf::zeroed(block);
+    reader.read_exact_at(&mut zeroes, 0).map_err(|error| Failure::io(format_args!("read {node}"), &error))?;
+    zeroes.fill(0);
+    // What cannot be done to it at all is refused too, and for another reason.
+    let no_discard = target.geometry().discard.is_none();
     let mut attempts = 0;
     for offset in [0, size / 2 / len * len, size - len] {
         let mut refused = |what: &str, result: io::Result<()>| {
             attempts += 1;
             match result {
                 Err(error) if is_refusal(&error) => Ok(()),
+                Err(error) if no_discard && what.starts_with("discard") && is_unknown(&error) => Ok(()),
                 Err(error) => Err(Failure::io(format_args!("be refused: {what} at {offset} of {node}"), &error)),
                 Ok(()) => Err(Failure::broke(ORACLE, format!("{node} is read-only, and took a {what} at {offset}"))),
             }
@@ -81,4 +86,26 @@ pub(super) fn check(context: &Context, target: &Target) -> Result<u64, Failure> 
 fn is_refusal(error: &io::Error) -> bool {
     let errno = error.raw_os_error().map(Errno::from_raw);
     matches!(errno, Some(Errno::EPERM | Errno::EACCES | Errno::EROFS | Errno::EBADF))
+}
+
+/// As a device says it that cannot do it.
+fn is_unknown(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(libc::EOPNOTSUPP)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_of_the_storage_is_no_refusal() {
+        let error = io::Error::from_raw_os_error;
+        for errno in [libc::EPERM, libc::EACCES, libc::EROFS, libc::EBADF] {
+            assert!(is_refusal(&error(errno)));
+        }
+        for errno in [libc::EIO, libc::ENOSPC, libc::EINVAL, libc::EOPNOTSUPP] {
+            assert!(!is_refusal(&error(errno)));
+        }
+        assert!(!is_refusal(&io::Error::other("short")));
+    }
 }

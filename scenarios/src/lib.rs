@@ -37,6 +37,7 @@ mod parts;
 pub mod probe;
 mod reclaim;
 pub mod replay;
+mod role;
 pub mod runner;
 mod runs;
 pub mod scenario;

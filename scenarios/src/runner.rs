@@ -27,6 +27,7 @@ use crate::environment::{self, Host};
 use crate::junit::JUnit;
 use crate::kernel_log::KernelLog;
 use crate::page::Page;
+use crate::role;
 use crate::runs::StateDir;
 use crate::scenario::{Failure, Scenario};
 use crate::server;
@@ -139,7 +140,11 @@ fn begin(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -
 /// Runs the scenario with signals caught and the watchdog awake.
 fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -> Result<(), Failure> {
     let lost = ending.clone();
-    let options = WatchdogOptions { backtraces: Some(Arc::new(backtrace::of)), ..WatchdogOptions::default() };
+    let options = WatchdogOptions {
+        processes: Some(Arc::new(server::pids)),
+        backtraces: Some(Arc::new(backtrace::of)),
+        ..WatchdogOptions::default()
+    };
     let watchdog = Watchdog::start(options, move |report| lose(report, &lost));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
@@ -176,6 +181,13 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         Err(panic) => Err(Failure::Internal(format!("panicked: {}", panic_message(panic.as_ref())))),
     };
     context.end_if_lost();
+    for failure in role::bad_ends() {
+        match result {
+            Ok(()) | Err(Failure::Interrupted) => result = Err(failure),
+            // What came first is what became of the run.
+            Err(_) => context.note(failure.to_string()),
+        }
+    }
     if let Err(failure) = &mut result {
         context.report(failure);
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use ublkit_harness::event::{Event, VerdictLine};
-use ublkit_harness::threads::{ThreadDump, dump_threads};
+use ublkit_harness::threads::{Stat, ThreadDump, dump_threads};
 
 use super::WIND_DOWN;
 use crate::context::Interruption;
@@ -181,13 +181,8 @@ impl Known {
 
 /// When a process began, in clock ticks since boot; `None` if there is none, or only its corpse.
 fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before the last bracket may hold anything; after it come the state, field 3, and the others.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
+    let stat = Stat::read(Path::new(&format!("/proc/{pid}")))?;
+    (!stat.is_gone()).then_some(stat.start_time)
 }
 
 fn read(stdout: ChildStdout) -> Receiver<Event> {

@@ -9,6 +9,7 @@ use ublkit_harness::Seed;
 use ublkit_harness::sim::medium::{Medium, MediumDisk};
 
 use super::freezer::Freezer;
+use super::hang::{Hang, never_returns};
 use super::protocol::{Call, Closing, Reply, Served, Status};
 use super::stack::{Stack, Storage};
 use crate::in_flight::InFlight;
@@ -32,6 +33,8 @@ struct Server {
     storages: Vec<Option<Storage>>,
     devices: Vec<Option<Serving>>,
     in_flight: InFlight,
+    /// A planted hang: it never ends.
+    endless: bool,
     /// What this process had before its first device.
     before: Option<Inventory>,
 }
@@ -178,6 +181,7 @@ impl Server {
     }
 
     fn serve(&mut self, args: &TargetArgs, seed: Seed, storage: Option<usize>) -> Result<Served, Failure> {
+        self.endless |= args.hang == Some(Hang::End);
         let storage = match storage {
             Some(storage) => storage,
             None => self.keep(args.storage()?),
@@ -253,6 +257,9 @@ impl Server {
 
     /// Closes what is left, as nobody waits for it any more. Returns the exit status.
     fn end(mut self) -> u8 {
+        if self.endless {
+            never_returns();
+        }
         let mut status = 0;
         for storage in self.storages.iter().flatten() {
             storage.freezer.thaw();

@@ -35,6 +35,8 @@ pub(crate) struct Server {
     pid: u32,
     pipes: Mutex<Pipes>,
     sink: EventSink,
+    /// How long it may take to end.
+    patience: Duration,
 }
 
 impl Server {
@@ -45,6 +47,7 @@ impl Server {
             pid: role.pid(),
             pipes: Mutex::new(Pipes { role, replies: BufReader::new(replies) }),
             sink: context.sink().clone(),
+            patience: context.at_most(END_DEADLINE),
         }))
     }
 
@@ -249,6 +252,6 @@ fn unexpected(reply: &Reply) -> Failure {
 impl Drop for Server {
     fn drop(&mut self) {
         // What one that does not end leaves behind is in this run's record, for the next one to clean.
-        self.pipes().role.end_unheard(END_DEADLINE);
+        self.pipes().role.end_unheard(self.patience);
     }
 }

@@ -8,7 +8,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::runner::{cases, ids};
-use super::scenarios::Underway;
+use super::scenarios::{Underway, verdict};
 
 cases!("hangs":
     a_backend_that_never_returns in 60 s,
@@ -18,6 +18,7 @@ cases!("hangs":
     a_stop_behind_a_held_request in 60 s,
     a_worker_that_never_comes_back in 60 s,
     a_server_that_was_stopped in 60 s,
+    a_server_that_does_not_end in 60 s,
 );
 
 /// What a hang may outlive its deadline by.
@@ -166,6 +167,17 @@ fn a_worker_that_never_comes_back() {
     let ended = Run::start("--hang worker --stall 3s --duration 20s").hangs(SECONDS_3);
     ended.stands_in("torture-0", "never_returns");
     ended.waits("the workers wait for: ", 2.0);
+}
+
+/// Everything is done and right by then, and it is a hang all the same.
+fn a_server_that_does_not_end() {
+    let before = ids();
+    verdict("torture --seed 3 --size 16M --faults none --hang end --ops 400 --deadline 9s", 3);
+    let settled = Instant::now() + Duration::from_secs(5);
+    while ids() != before {
+        assert!(Instant::now() < settled, "a device is left: {:?}", ids());
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn a_server_that_was_stopped() {

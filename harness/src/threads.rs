@@ -29,6 +29,60 @@ pub struct ThreadDump {
     pub user: Vec<String>,
 }
 
+/// What `stat` says of a process or of a thread.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stat {
+    /// Its name.
+    pub comm: String,
+    /// Its state: `R` running, `S` sleeping, `D` waiting and not to be interrupted, `Z` ended, …
+    pub state: char,
+    /// The process group.
+    pub group: u32,
+    /// The kernel's own flags (`PF_…`).
+    pub flags: u64,
+    /// When it began, in clock ticks since boot: with the number, that names it for good.
+    pub start_time: u64,
+}
+
+impl Stat {
+    /// Of the process or thread whose directory in `/proc` this is; `None` if there is none.
+    #[must_use]
+    pub fn read(dir: &Path) -> Option<Self> {
+        read(dir, "stat").and_then(|text| Self::parse(&text))
+    }
+
+    fn parse(stat: &str) -> Option<Self> {
+        // The name stands in parentheses and may hold any character, a parenthesis too.
+        let (comm, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
+        let fields: Vec<&str> = rest.split_ascii_whitespace().collect();
+        // The first behind the name is field 3.
+        let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();
+        Some(Self {
+            comm: comm.to_owned(),
+            state: fields.first()?.chars().next()?,
+            group: number(5)?.try_into().ok()?,
+            flags: number(9)?,
+            start_time: number(22)?,
+        })
+    }
+
+    /// Whether it has ended, and only waits for somebody to take its status.
+    #[must_use]
+    pub const fn is_gone(&self) -> bool {
+        matches!(self.state, 'Z' | 'X')
+    }
+}
+
+/// Where each thread of process `pid` stands now, for people; see [`dump_threads`].
+#[must_use]
+pub fn stacks(pid: u32) -> String {
+    let threads = dump_threads(Path::new("/proc"), pid);
+    if threads.is_empty() {
+        return format!("process {pid} is gone");
+    }
+    threads.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+}
+
 /// Where each thread of process `pid` stands, by thread id; `proc_root` is `/proc` but in tests.
 ///
 /// A thread that ends meanwhile is left out, as is everything when there is no such process. Only files are read that the
@@ -57,25 +111,21 @@ pub fn dump_uninterruptible(proc_root: &Path, until: Instant) -> (Vec<ThreadDump
         let tasks = proc_root.join(pid.to_string()).join("task");
         let Ok(entries) = fs::read_dir(&tasks) else { continue };
         let tids = entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-        let asleep = tids.filter(|tid: &u32| {
-            let stat = read(&tasks.join(tid.to_string()), "stat").unwrap_or_default();
-            stat.rsplit_once(") ").is_some_and(|(_, fields)| fields.starts_with('D'))
-        });
+        let asleep =
+            tids.filter(|tid: &u32| Stat::read(&tasks.join(tid.to_string())).is_some_and(|stat| stat.state == 'D'));
         threads.extend(asleep.filter_map(|tid| dump_thread(&tasks.join(tid.to_string()), pid, tid)));
     }
     (threads, true)
 }
 
 fn dump_thread(task: &Path, pid: u32, tid: u32) -> Option<ThreadDump> {
-    let stat = read(task, "stat")?;
-    // The name stands in parentheses and may hold any character, a parenthesis too.
-    let (comm, fields) = stat.split_once('(')?.1.rsplit_once(')')?;
+    let stat = Stat::read(task)?;
     let wchan = read(task, "wchan").filter(|wchan| wchan != "0");
     Some(ThreadDump {
         pid,
         tid,
-        comm: comm.to_owned(),
-        state: fields.split_whitespace().next()?.to_owned(),
+        comm: stat.comm,
+        state: stat.state.to_string(),
         wchan: wchan.unwrap_or_default(),
         syscall: read(task, "syscall").unwrap_or_default(),
         stack: read(task, "stack").unwrap_or_default().lines().map(function).collect(),
@@ -139,13 +189,28 @@ mod tests {
     }
 
     #[test]
+    fn a_line_of_stat_is_read() {
+        let line = "17 (ublk0-q0 (x) 1) S 1 18 17 0 -1 5767168 55 0 0 0 1 2 3 4 20 0 1 0 4711 9 9";
+        let expected =
+            Stat { comm: "ublk0-q0 (x) 1".to_owned(), state: 'S', group: 18, flags: 5_767_168, start_time: 4711 };
+        assert_eq!(Stat::parse(line), Some(expected.clone()));
+        assert!(!expected.is_gone() && Stat { state: 'Z', ..expected }.is_gone());
+        assert_eq!(Stat::parse("17 (x"), None);
+        assert_eq!(Stat::parse("17 (x) S 1"), None);
+        let own = Stat::read(Path::new("/proc/self")).expect("this process");
+        assert!(own.start_time > 0 && own.flags > 0 && own.group > 0, "{own:?}");
+        assert_eq!(Stat::read(Path::new("/proc/self/task/0")), None);
+        assert!(stacks(std::process::id()).contains(&own.comm));
+    }
+
+    #[test]
     fn a_fake_process_is_read() {
         let proc = FakeProc::new("threads");
-        proc.write(9, "stat", "9 (queue (0) x) D 1 9 9 0");
+        proc.write(9, "stat", "9 (queue (0) x) D 1 9 9 0 -1 64 0 0 0 0 1 2 3 4 20 0 1 0 4711");
         proc.write(9, "wchan", "blk_mq_get_tag");
         proc.write(9, "syscall", "18 0x3 0x0\n");
         proc.write(9, "stack", "[<0>] blk_mq_get_tag+0x11/0x2a\n[<0>] submit_bio+0x5/0x9\n");
-        proc.write(7, "stat", "7 (main) S 1");
+        proc.write(7, "stat", "7 (main) S 1 7 7 0 -1 64 0 0 0 0 1 2 3 4 20 0 1 0 4700");
         proc.write(7, "wchan", "0");
         proc.write(8, "stat", "nonsense");
         fs::create_dir_all(proc.0.join("7/task/10")).expect("a writable temp");

@@ -49,10 +49,15 @@ pub struct HangReport {
 pub struct WatchdogOptions {
     /// `/proc`, but in tests.
     pub proc_root: PathBuf,
+    /// Says which processes are watched beside this one, such as a server under test. Asked when a deadline has passed.
+    pub processes: Option<Arc<Processes>>,
     /// Says where the threads of processes stand in user space, within the time that it is given, and why some are
     /// missing. Nobody can say so by default.
     pub backtraces: Option<Arc<Backtraces>>,
 }
+
+/// What says which processes are watched: see [`WatchdogOptions::processes`].
+pub type Processes = dyn Fn() -> Vec<u32> + Send + Sync;
 
 /// Where one thread stands in user space.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -91,7 +96,6 @@ type Tell = dyn Fn() -> Vec<String> + Send + Sync;
 enum Message {
     Arm { id: u64, what: String, deadline: Deadline },
     Disarm(u64),
-    Process(u32),
     Ask { who: String, tell: Arc<Tell> },
     Expire { what: String, allowed: Duration },
     End,
@@ -140,7 +144,7 @@ impl Watchdog {
         let expired = Arc::new(AtomicBool::new(false));
         let tell = Arc::clone(&expired);
         let watch = move || {
-            let mut watch = Watch { options, pids: vec![std::process::id()], expired: tell, ..Watch::default() };
+            let mut watch = Watch { options, expired: tell, ..Watch::default() };
             if let Some(report) = watch.until_a_deadline_passes(&receiver) {
                 on_hang(report);
             }
@@ -156,11 +160,6 @@ impl Watchdog {
         let deadline = Deadline::after(allowed);
         self.tell(Message::Arm { id, what: what.into(), deadline });
         Guard { id, deadline, sender: self.sender.clone() }
-    }
-
-    /// Has the threads of this process in the dump too, such as a server under test.
-    pub fn watch_process(&self, pid: u32) {
-        self.tell(Message::Process(pid));
     }
 
     /// Reports `what` as a hang now: it was given up in an orderly way, after `allowed`.
@@ -217,7 +216,6 @@ impl Drop for Guard {
 struct Watch {
     options: WatchdogOptions,
     expired: Arc<AtomicBool>,
-    pids: Vec<u32>,
     armed: Vec<(u64, String, Deadline)>,
     asked: Vec<(String, Arc<Tell>)>,
 }
@@ -235,7 +233,6 @@ impl Watch {
             match message {
                 Ok(Message::Arm { id, what, deadline }) => self.armed.push((id, what, deadline)),
                 Ok(Message::Disarm(id)) => self.armed.retain(|(armed, _, _)| *armed != id),
-                Ok(Message::Process(pid)) => self.pids.push(pid),
                 Ok(Message::Ask { who, tell }) => self.asked.push((who, tell)),
                 Ok(Message::Expire { what, allowed }) => return Some(self.report(what, allowed)),
                 Ok(Message::End) | Err(RecvTimeoutError::Disconnected) => return None,
@@ -250,19 +247,22 @@ impl Watch {
 
     fn report(&self, what: String, allowed: Duration) -> HangReport {
         self.expired.store(true, Ordering::SeqCst);
-        let (proc_root, pids) = (self.options.proc_root.clone(), self.pids.clone());
+        let (proc_root, processes) = (self.options.proc_root.clone(), self.options.processes.clone());
+        let own = std::process::id();
         // Before all else: to be asked, and to be looked at, wakes some of them.
         let look = Left::begin("look", move || {
-            pids.iter().flat_map(|pid| dump_threads(&proc_root, *pid)).collect::<Vec<_>>()
+            let mut pids = vec![own];
+            pids.extend(processes.map(|processes| processes()).unwrap_or_default());
+            let threads = pids.iter().flat_map(|pid| dump_threads(&proc_root, *pid)).collect::<Vec<_>>();
+            (pids, threads)
         });
         let mut notes = Vec::new();
-        let mut threads = look.end(Instant::now() + LOOK).unwrap_or_else(|why| {
+        let (pids, mut threads) = look.end(Instant::now() + LOOK).unwrap_or_else(|why| {
             notes.push(format!("kernel stacks: {why}"));
-            Vec::new()
+            (vec![own], Vec::new())
         });
         let until = Instant::now() + PATIENCE;
         let backtraces = self.options.backtraces.clone().map(|backtraces| {
-            let pids = self.pids.clone();
             // It ends by itself, a little earlier, with what it has by then.
             Left::begin("backtraces", move || backtraces(&pids, PATIENCE * 9 / 10))
         });
@@ -327,15 +327,16 @@ impl<T: Send + 'static> Left<T> {
 
 impl Default for WatchdogOptions {
     fn default() -> Self {
-        Self { proc_root: PathBuf::from("/proc"), backtraces: None }
+        Self { proc_root: PathBuf::from("/proc"), processes: None, backtraces: None }
     }
 }
 
 impl fmt::Debug for WatchdogOptions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { proc_root, backtraces } = self;
+        let Self { proc_root, processes, backtraces } = self;
         f.debug_struct("WatchdogOptions")
             .field("proc_root", proc_root)
+            .field("processes", &processes.is_some())
             .field("backtraces", &backtraces.is_some())
             .finish()
     }
@@ -346,7 +347,6 @@ impl fmt::Debug for Message {
         f.write_str(match self {
             Self::Arm { .. } => "Arm",
             Self::Disarm(_) => "Disarm",
-            Self::Process(_) => "Process",
             Self::Ask { .. } => "Ask",
             Self::Expire { .. } => "Expire",
             Self::End => "End",
@@ -441,17 +441,24 @@ mod tests {
     fn what_was_given_up_is_reported_with_backtraces() {
         let (sender, reports) = mpsc::channel();
         let own = std::process::id();
+        let parent = std::os::unix::process::parent_id();
         let backtraces = move |pids: &[u32], _: Duration| {
+            assert_eq!(pids, [own, parent]);
             let frames = vec!["main at main.rs:1".to_owned()];
             (vec![UserStack { pid: pids[0], tid: pids[0], frames }], vec!["one is missing".to_owned()])
         };
-        let options = WatchdogOptions { backtraces: Some(Arc::new(backtraces)), ..WatchdogOptions::default() };
+        let options = WatchdogOptions {
+            processes: Some(Arc::new(move || vec![parent])),
+            backtraces: Some(Arc::new(backtraces)),
+            ..WatchdogOptions::default()
+        };
         let watchdog = Watchdog::start(options, move |report| drop(sender.send(report))).expect("a thread");
         watchdog.expire("close", Duration::from_secs(3));
         let report = reports.recv_timeout(PATIENCE * 5).expect("reported");
         assert_eq!((report.what.as_str(), report.allowed.as_secs()), ("close", 3));
         let main = report.threads.iter().find(|thread| thread.tid == own).expect("the first thread");
         assert_eq!(main.user, ["main at main.rs:1"]);
+        assert!(report.threads.iter().any(|thread| thread.pid == parent), "{report}");
         assert!(report.to_string().contains("\n    - main at main.rs:1"), "{report}");
         assert_eq!(report.notes, ["one is missing"]);
     }

@@ -28,7 +28,7 @@ pub const DURATION_VARIABLE: &str = "UBLK_TORTURE_DURATION";
 /// The subcommand that makes a table of many kernels.
 const MATRIX: &str = "matrix-table";
 
-const EXIT_INTERNAL: u8 = 70;
+pub(crate) const EXIT_INTERNAL: u8 = 70;
 
 const AFTER_HELP: &str = "\
 Exit status:

@@ -10,7 +10,6 @@ mod expect;
 mod fuzz;
 mod io_table;
 mod lab;
-mod log;
 mod peer;
 mod protocol;
 mod role;

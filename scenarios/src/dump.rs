@@ -16,7 +16,7 @@ use ublkit_harness::kernel_log::{Record, complaints};
 use ublkit_harness::threads::dump_uninterruptible;
 
 use crate::kernel_log::KernelLog;
-use crate::server::{ask, running_now};
+use crate::server::{ask, pids, running_now};
 
 /// How long a server may take to answer.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -31,11 +31,9 @@ const REQUESTS_MAX: usize = 16;
 /// directory has all of it.
 pub(crate) fn ask_for_all(watchdog: &Watchdog, log: Option<KernelLog>, report: Option<PathBuf>) {
     watchdog.ask("in flight", || {
-        let servers = running_now();
-        servers
-            .iter()
-            .flat_map(|server| {
-                let pid = server.pid;
+        pids()
+            .into_iter()
+            .flat_map(|pid| {
                 let told = ask(pid, ANSWER).unwrap_or_else(|error| vec![format!("no answer: {error}")]);
                 told.into_iter().map(move |line| format!("server {pid}: {line}"))
             })
@@ -92,7 +90,7 @@ fn said(records: &[Record]) -> Vec<String> {
 
 /// The ids of this run's devices.
 fn ids() -> Vec<u32> {
-    running_now().into_iter().flat_map(|server| server.ids).collect()
+    running_now().ids()
 }
 
 fn describe(id: u32) -> String {

@@ -5,7 +5,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::unix::fs::OpenOptionsExt;
 
 use nix::libc;
-use ublkit_harness::kernel_log::Record;
+use ublkit_harness::kernel_log::{Complaint, Record, complaints};
 
 /// Longer than any record.
 const RECORD_BYTES: usize = 8192;
@@ -45,6 +45,11 @@ impl KernelLog {
             }
         }
         records
+    }
+
+    /// What of that a sound kernel never says; with `io`, errors of I/O too.
+    pub fn complaints(&mut self, io: bool) -> Vec<Complaint> {
+        complaints(&self.read(), io)
     }
 
     /// How often records were overwritten before they were read.

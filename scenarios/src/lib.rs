@@ -38,6 +38,7 @@ pub mod probe;
 mod reclaim;
 mod refusals;
 pub mod replay;
+mod role;
 pub mod runner;
 mod runs;
 pub mod scenario;

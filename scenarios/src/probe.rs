@@ -10,10 +10,10 @@ pub(crate) mod filesystem;
 pub(crate) mod power;
 
 use std::collections::BTreeMap;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use ublkit::ctrl::{block_path, character_path};
 
 use crate::cli::{CommonArgs, name_of};
 use crate::context::Context;
@@ -21,6 +21,7 @@ use crate::external::ExternalArgs;
 use crate::inventory::Inventory;
 use crate::scenario::{Failure, Needs, Plant, Scenario};
 use crate::server::Lie;
+use crate::sysfs::CharDir;
 use crate::target::{Target, TargetArgs};
 use crate::units::format_bytes;
 
@@ -189,16 +190,16 @@ fn nodes_gone(context: &mut Context, ids: &[u32]) -> Result<(), Failure> {
     let patience = Instant::now() + Duration::from_secs(10);
     for id in ids {
         for path in [
-            format!("/dev/ublkb{id}"),
-            format!("/dev/ublkc{id}"),
-            format!("/sys/class/block/ublkb{id}"),
-            format!("/sys/class/ublk-char/ublkc{id}"),
+            block_path(*id),
+            character_path(*id),
+            format!("/sys/class/block/ublkb{id}").into(),
+            CharDir::of(*id).path().to_owned(),
         ] {
-            while Path::new(&path).symlink_metadata().is_ok() {
+            while path.symlink_metadata().is_ok() {
                 if Instant::now() > patience {
                     return Err(Failure::broke(
                         "leak",
-                        format!("{path} is still there 10 s after its device was closed"),
+                        format!("{} is still there 10 s after its device was closed", path.display()),
                     ));
                 }
                 std::thread::sleep(Duration::from_millis(10));

@@ -8,12 +8,12 @@ use std::fs;
 use std::io;
 use std::path::Path;
 
+use ublkit_harness::threads::Stat;
+
 use crate::scenario::Failure;
 
 /// What the mark sets in a thread's flags: `PF_MEMALLOC_NOIO` and `PF_LOCAL_THROTTLE` (include/linux/sched.h).
 const MARK: u64 = 0x0008_0000 | 0x0010_0000;
-/// Where the flags are in `/proc/PID/task/TID/stat`, counted behind the name: field 9 (proc(5)).
-const FLAGS: usize = 9 - 3;
 
 /// Fails unless every thread that serves device `id` in process `pid`, and there are `least` of them, is marked. Returns
 /// how many there are.
@@ -43,34 +43,16 @@ fn serving_threads(tasks: &Path, prefix: &str) -> io::Result<Vec<(String, u64)>>
     let mut threads = Vec::new();
     for task in fs::read_dir(tasks)? {
         // One that ends meanwhile serves nothing any more.
-        let Ok(stat) = fs::read_to_string(task?.path().join("stat")) else { continue };
-        if let Some((name, flags)) = name_and_flags(&stat)
-            && name.starts_with(prefix)
-        {
-            threads.push((name.to_owned(), flags));
+        if let Some(stat) = Stat::read(&task?.path()).filter(|stat| stat.comm.starts_with(prefix)) {
+            threads.push((stat.comm, stat.flags));
         }
     }
     Ok(threads)
 }
 
-/// A name may have spaces and brackets in it.
-fn name_and_flags(stat: &str) -> Option<(&str, u64)> {
-    let (before, after) = stat.rsplit_once(')')?;
-    let (_, name) = before.split_once('(')?;
-    Some((name, after.split_ascii_whitespace().nth(FLAGS)?.parse().ok()?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn flags_are_read_behind_the_name() {
-        let stat = "17 (ublk0-q0 (x) 1) S 1 17 17 0 -1 5767168 55 0 0 0";
-        assert_eq!(name_and_flags(stat), Some(("ublk0-q0 (x) 1", 5_767_168)));
-        assert_eq!(name_and_flags("17 (x"), None);
-        assert_eq!(name_and_flags("17 (x) S 1"), None);
-    }
 
     #[test]
     fn threads_without_the_mark_are_named() {
@@ -80,7 +62,8 @@ mod tests {
         {
             let dir = tasks.path().join(tid.to_string());
             fs::create_dir(&dir).expect("a directory");
-            fs::write(dir.join("stat"), format!("{tid} ({name}) S 1 1 1 0 -1 {flags} 0 0\n")).expect("a file");
+            fs::write(dir.join("stat"), format!("{tid} ({name}) S 1 1 1 0 -1 {flags} 0 0 0 0 1 2 3 4 20 0 1 0 9\n"))
+                .expect("a file");
         }
         let mut threads = serving_threads(tasks.path(), "ublk7-").expect("listed");
         threads.sort();

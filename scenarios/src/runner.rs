@@ -29,6 +29,7 @@ use crate::in_flight::InFlight;
 use crate::junit::JUnit;
 use crate::kernel_log::KernelLog;
 use crate::page::Page;
+use crate::role;
 use crate::runs::{RunRecord, StateDir};
 use crate::scenario::{Failure, Scenario};
 use crate::server;
@@ -145,7 +146,11 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     let state = StateDir::default();
     let record = state.record();
     let lost = (ending.clone(), record.clone());
-    let options = WatchdogOptions { backtraces: Some(Arc::new(backtrace::of)), ..WatchdogOptions::default() };
+    let options = WatchdogOptions {
+        processes: Some(Arc::new(server::pids)),
+        backtraces: Some(Arc::new(backtrace::of)),
+        ..WatchdogOptions::default()
+    };
     let watchdog = Watchdog::start(options, move |report| lose(report, &lost.0, &lost.1));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
@@ -185,6 +190,13 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         Err(panic) => Err(Failure::Internal(format!("panicked: {}", panic_message(panic.as_ref())))),
     };
     context.end_if_lost();
+    for failure in role::bad_ends() {
+        match result {
+            Ok(()) | Err(Failure::Interrupted) => result = Err(failure),
+            // What came first is what became of the run.
+            Err(_) => context.note(failure.to_string()),
+        }
+    }
     if let Err(failure) = &mut result {
         context.report(failure);
     }

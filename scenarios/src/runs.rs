@@ -18,6 +18,9 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;
 use serde::{Deserialize, Serialize};
 use ublkit::{Controller, orphan};
+use ublkit_harness::threads::Stat;
+
+use crate::sysfs::CharDir;
 
 pub(crate) use self::undo::{Change, Undo};
 
@@ -224,17 +227,12 @@ impl StateDir {
 
     /// When process `pid` began; `None` if there is none, or only its corpse.
     fn start_time(&self, pid: u32) -> Option<u64> {
-        let stat = fs::read_to_string(self.proc.join(pid.to_string()).join("stat")).ok()?;
-        // The name before the last bracket may hold anything; after it come the state, field 3, and the others.
-        let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-        if matches!(fields.next()?, "Z" | "X") {
-            return None;
-        }
-        fields.nth(18)?.parse().ok()
+        let stat = Stat::read(&self.proc.join(pid.to_string()))?;
+        (!stat.is_gone()).then_some(stat.start_time)
     }
 
     fn inode(&self, id: u32) -> Option<u64> {
-        fs::metadata(self.sys.join(format!("class/ublk-char/ublkc{id}"))).ok().map(|meta| meta.ino())
+        CharDir::under(&self.sys, id).inode()
     }
 
     fn is_still(&self, made: &Made) -> bool {

@@ -31,8 +31,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use ublkit::Controller;
 use ublkit_harness::Seed;
+use ublkit_harness::kernel_log::Complaint;
 
-use self::aftermath::KernelLog;
 use self::cell::{Cell, Report};
 use self::mode::Mode;
 use self::point::{Point, Reached};
@@ -40,8 +40,9 @@ use self::store::BLOCK;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::inventory::Inventory;
+use crate::kernel_log::KernelLog;
 use crate::scenario::{Entry, Failure, Needs, Scenario};
-use crate::server;
+use crate::sysfs::CharDir;
 use crate::units::parse_bytes;
 
 pub(crate) use self::role::{ARGUMENT, main as serve};
@@ -50,6 +51,8 @@ pub(crate) use self::role::{ARGUMENT, main as serve};
 const CELL_LIMIT: Duration = Duration::from_secs(240);
 /// How much memory the loading process may have gained since the first round, in KiB.
 const GROWTH_MAX_KIB: u64 = 48 << 10;
+/// The driver has this many ids.
+const IDS: u32 = 1 << 20;
 
 /// The entry of the registry.
 pub const ENTRY: Entry = Entry::new::<Args>(
@@ -199,21 +202,19 @@ impl Scenario for Args {
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
         let controller = Controller::open()?;
-        let id = free_id();
-        server::watch_over_device(id, true);
+        let id = free_id(context.seed());
         let mut reports = Vec::new();
         let result = self.grid(context, &controller, id, &mut reports);
-        server::watch_over_device(id, false);
         table::print(context, &reports);
         let written = table::write(context, &reports);
         result.and(written)
     }
 }
 
-/// The least id that no device has.
-fn free_id() -> u32 {
-    let taken = |id: u32| std::path::Path::new("/sys/class/ublk-char").join(format!("ublkc{id}")).exists();
-    (0..u32::MAX).find(|id| !taken(*id)).unwrap_or(0)
+/// An id that no device has, and that the driver gives nobody who leaves the choice to it: it begins with the least.
+fn free_id(seed: Seed) -> u32 {
+    let first = 1 << 16 | seed.derive("id", 0).rng().below(1 << 19) as u32;
+    (first..IDS).find(|id| !CharDir::of(*id).exists()).unwrap_or(first)
 }
 
 impl Args {
@@ -244,7 +245,8 @@ impl Args {
         reports: &mut Vec<Report>,
     ) -> Result<(), Failure> {
         let begun = Instant::now();
-        let mut log = KernelLog::from_here();
+        // Where it may not be read, the end of the run says so.
+        let mut log = KernelLog::from_here().ok();
         let before = Inventory::take();
         let mut resident = None;
         for round in self.first_round.. {
@@ -303,7 +305,7 @@ impl Args {
         controller: &Controller,
         id: u32,
         before: &Inventory,
-        log: &mut KernelLog,
+        log: &mut Option<KernelLog>,
         report: &mut Report,
     ) -> Result<(), Failure> {
         let (point, mode, round) = (report.point, report.mode, report.round);
@@ -359,12 +361,8 @@ impl Args {
 }
 
 /// What must not be there after a cell.
-fn look_around(id: u32, before: &Inventory, log: &mut KernelLog) -> Result<(), Failure> {
-    for node in [
-        ublkit::ctrl::block_path(id),
-        ublkit::ctrl::character_path(id),
-        std::path::Path::new("/sys/class/ublk-char").join(format!("ublkc{id}")),
-    ] {
+fn look_around(id: u32, before: &Inventory, log: &mut Option<KernelLog>) -> Result<(), Failure> {
+    for node in [ublkit::ctrl::block_path(id), ublkit::ctrl::character_path(id), CharDir::of(id).path().to_owned()] {
         if node.exists() {
             return Err(Failure::broke("leak", format!("{} is left", node.display())));
         }
@@ -378,11 +376,14 @@ fn look_around(id: u32, before: &Inventory, log: &mut KernelLog) -> Result<(), F
         let what = format!("{} things are left that were not there at the start", left.len());
         return Err(Failure::broke_with("leak", what, left));
     }
-    let complaints = log.complaints();
-    if !complaints.is_empty() {
-        return Err(Failure::broke_with("kernel", "the kernel complained", complaints));
+    // Errors of I/O are what is caused here.
+    let complaints = log.as_mut().map(|log| log.complaints(false)).unwrap_or_default();
+    match complaints.into_iter().next() {
+        Some(Complaint { what, excerpt, .. }) => {
+            Err(Failure::broke_with("kernel", format!("the kernel complained: {what}"), excerpt))
+        }
+        None => Ok(()),
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -241,7 +241,7 @@ fn run_concurrent(args: &Args, context: &mut Context) -> Result<(), Failure> {
     }
     let limit = Duration::from_secs(120 + 60 * rounds);
     context.step("close from many threads", limit, |context| {
-        let mut stressed = stressed::Stressed::start(context, "close from many threads")?;
+        let mut stressed = stressed::Stressed::start("close from many threads")?;
         let first = stressed.sample(context, 0)?;
         stressed.order(&protocol::Order::Concurrently(protocol::ConcurrentOrder {
             rounds: args.rounds,

@@ -1,6 +1,7 @@
-//! What the kernel says of a block device in `/sys/class/block`.
+//! What the kernel says in sysfs of block devices, and of the character devices of ublk.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::scenario::Failure;
@@ -57,5 +58,41 @@ impl BlockDir {
         fs::read_dir(&path)
             .map(|entries| entries.flatten().filter(|entry| entry.path().is_dir()).count())
             .map_err(|error| Failure::io(format_args!("list {}", path.display()), &error))
+    }
+}
+
+/// The directory of a ublk device's character device: there as long as the id is taken.
+#[derive(Clone, Debug)]
+pub struct CharDir(PathBuf);
+
+impl CharDir {
+    /// Of the device with this id.
+    #[must_use]
+    pub fn of(id: u32) -> Self {
+        Self::under(Path::new("/sys"), id)
+    }
+
+    /// As [`of`](Self::of), with `sys` in place of `/sys`.
+    #[must_use]
+    pub fn under(sys: &Path, id: u32) -> Self {
+        Self(sys.join(format!("class/ublk-char/ublkc{id}")))
+    }
+
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+
+    /// Whether the driver has such a device.
+    #[must_use]
+    pub fn exists(&self) -> bool {
+        self.0.exists()
+    }
+
+    /// Its inode: not used again, unlike the id.
+    #[must_use]
+    pub fn inode(&self) -> Option<u64> {
+        fs::metadata(&self.0).ok().map(|meta| meta.ino())
     }
 }

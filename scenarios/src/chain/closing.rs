@@ -8,6 +8,7 @@ use super::Args;
 use crate::aligned::AlignedBuf;
 use crate::context::Context;
 use crate::scenario::Failure;
+use crate::sysfs::CharDir;
 use crate::target::{Patience, TargetArgs};
 
 /// How long the close waits for whoever holds the device, and how long it may take beyond that on a slow machine.
@@ -79,7 +80,7 @@ fn fails(file: &std::fs::File, below: &Path) -> Result<(), Failure> {
 
 fn becomes_free(context: &Context, id: u32) -> Result<(), Failure> {
     let until = Instant::now() + FREE;
-    while Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists() {
+    while CharDir::of(id).exists() {
         if Instant::now() > until {
             let what = format!("id {id} is still taken {FREE:?} after nobody holds its device any more");
             return Err(Failure::broke("leak", what));

@@ -48,7 +48,7 @@ fn press(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
     let group = Group::new(context, "load", LIMITS)?;
     let seed = context.seed().derive("pressure", 0);
     let began = Instant::now();
-    let mut load = Load::start(context, &top.path(), &group.procs(), seed)?;
+    let mut load = Load::start(&top.path(), &group.procs(), seed)?;
     let ended = load.wait(context);
     let took = began.elapsed();
     let Pressure { hits, scanned, killed } = group.pressure()?;
@@ -107,7 +107,7 @@ fn fill(bytes: &mut [u8], seed: Seed, round: u64, at: u64) {
 struct Load(Child);
 
 impl Load {
-    fn start(context: &Context, device: &Path, procs: &Path, seed: Seed) -> Result<Self, Failure> {
+    fn start(device: &Path, procs: &Path, seed: Seed) -> Result<Self, Failure> {
         let child = Command::new("/proc/self/exe")
             .arg(ARGUMENT)
             .arg(device)
@@ -121,7 +121,6 @@ impl Load {
             .map_err(|error| Failure::Environment(format!("failed to start the load: {error}")))?;
         // If nothing moves any more, it is killed with the servers.
         server::adopt(child.id());
-        context.watchdog().watch_process(child.id());
         Ok(Self(child))
     }
 

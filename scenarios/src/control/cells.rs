@@ -7,11 +7,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use ublkit::raw::{Payload, RawCommand, RawOutcome};
 use ublkit::sys::ublk::{self, DevInfo, Params};
+use ublkit_harness::threads::stacks;
 
 use super::Plant;
 use super::expect::{Action, Expected, Probe};
 use super::lab::{self, COMMAND_DEADLINE, Lab, Rig, WAITS, named};
-use super::peer::stacks;
 use super::protocol::{Call, Reply};
 use super::state::State;
 use super::steps::Step;
@@ -86,12 +86,15 @@ impl Lab {
                     if expected == Expected::WaitsForServer {
                         rig.server()?.done(&Call::Release)?;
                     } else {
-                        for peer in [&rig.server, &rig.client].into_iter().flatten() {
+                        for peer in [&mut rig.server, &mut rig.client].into_iter().flatten() {
                             peer.kill();
                         }
                     }
                     match underway.answer(COMMAND_DEADLINE)? {
-                        Some(RawOutcome::Answered { result: 0, .. }) => Ok(Outcome::Right),
+                        Some(RawOutcome::Answered { result: 0, payload }) => {
+                            self.note(&command, 0, &payload);
+                            Ok(Outcome::Right)
+                        }
                         Some(other) => Ok(Outcome::Wrong(format!("{} after a wait", told(&other)))),
                         None => Err(Failure::Hang(format!("it does not end\n{}", stacks(std::process::id())))),
                     }
@@ -266,10 +269,7 @@ impl Lab {
                 self.undo_after(current, probe)?;
             }
             found.wrong.extend(
-                self.log
-                    .complaints()
-                    .into_iter()
-                    .map(|line| format!("{} when {state}: kernel: {line}", probe.name())),
+                self.complaints().into_iter().map(|line| format!("{} when {state}: kernel: {line}", probe.name())),
             );
         }
         if let Some(mut rig) = rig {
@@ -312,17 +312,9 @@ impl Lab {
     }
 
     fn undo_after(&mut self, mut rig: Rig, probe: &Probe) -> Result<(), Failure> {
-        if probe.command == "ADD_DEV" {
-            // Where there was none, there is one now.
-            let delete = lab::command(ublk::CMD_DEL_DEV, rig.id);
-            if rig.state.told().is_none() {
-                let _ = self.send(None, &delete)?;
-            }
-        }
-        match probe.command {
-            "STOP_DEV" | "TRY_STOP_DEV" if rig.state != State::Deleting => rig.state = State::Stopped,
-            "DEL_DEV_ASYNC" => rig.state = State::Deleting,
-            _ => {}
+        // What was added or deleted beside the rig's own history is known from the answers.
+        if matches!(probe.command, "STOP_DEV" | "TRY_STOP_DEV") && rig.state != State::Deleting {
+            rig.state = State::Stopped;
         }
         self.undo(rig)
     }

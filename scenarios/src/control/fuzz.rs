@@ -282,7 +282,7 @@ impl Lab {
             }
             self.must(None, &lab::command(ublk::CMD_DEL_DEV, id))?;
         }
-        Ok(self.log.complaints().into_iter().next().map(|line| format!("the kernel says: {line}")))
+        Ok(self.complaints().into_iter().next().map(|line| format!("the kernel says: {line}")))
     }
 
     /// Runs a script from the beginning.

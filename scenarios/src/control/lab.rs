@@ -11,17 +11,19 @@ use nix::errno::Errno;
 use ublkit::Controller;
 use ublkit::raw::{Payload, RawCommand, RawOutcome};
 use ublkit::sys::ublk::{self, DevInfo, Features, ParamBasic, Params};
+use ublkit_harness::threads::stacks;
 
 use super::Plant;
-use super::log::KernelLog;
-use super::peer::{Peer, stacks};
+use super::peer::Peer;
 use super::protocol::{Call, DEPTH, MAX_IO, SECTORS};
 use super::state::State;
 use super::steps::path;
 use crate::context::Context;
 use crate::gates::KernelVersion;
+use crate::kernel_log::KernelLog;
 use crate::runs::RunRecord;
 use crate::scenario::Failure;
+use crate::server;
 
 /// How long a command may take that waits for nothing a server does.
 pub(super) const COMMAND_DEADLINE: Duration = Duration::from_secs(15);
@@ -53,6 +55,31 @@ impl Underway {
     }
 }
 
+/// What there is of a device that was made here.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// It is there.
+    There,
+    /// It goes when nobody holds it any more.
+    Going,
+}
+
+/// What a command that succeeded has done to a device: which one, and what there is of it now.
+fn effect(command: &RawCommand, payload: &[u8]) -> Option<(u32, Option<Standing>)> {
+    let is = |operation: u32| command.operation & 0xff == operation & 0xff;
+    if is(ublk::CMD_ADD_DEV) && payload.len() >= size_of::<DevInfo>() {
+        return Some((DevInfo::from_bytes(payload).dev_id, Some(Standing::There)));
+    }
+    let after = if is(ublk::CMD_DEL_DEV) {
+        None
+    } else if is(ublk::CMD_DEL_DEV_ASYNC) {
+        Some(Standing::Going)
+    } else {
+        return None;
+    };
+    Some((command.dev_id, after))
+}
+
 /// Where devices are made.
 pub(super) struct Lab {
     pub(super) controller: Arc<Controller>,
@@ -62,8 +89,10 @@ pub(super) struct Lab {
     pub(super) deadline: Duration,
     /// What does not end counts as an outcome, so that a table for a new kernel can be drawn up in one run.
     pub(super) survey: bool,
-    pub(super) record: RunRecord,
-    pub(super) log: KernelLog,
+    record: RunRecord,
+    /// The devices that were made here, and whether they are there or go by themselves: no others are deleted.
+    made: BTreeMap<u32, Standing>,
+    log: Option<KernelLog>,
     /// Commands by name, for the evidence.
     pub(super) sent: BTreeMap<&'static str, u64>,
 }
@@ -163,7 +192,8 @@ impl Lab {
             deadline: COMMAND_DEADLINE,
             survey: false,
             record: context.record.clone(),
-            log: KernelLog::from_here(),
+            made: BTreeMap::new(),
+            log: KernelLog::from_here().ok(),
             sent: BTreeMap::new(),
         })
     }
@@ -172,6 +202,7 @@ impl Lab {
     pub(super) fn send(&mut self, rig: Option<&Rig>, command: &RawCommand) -> Result<(i32, Vec<u8>), Failure> {
         match self.controller.command(command, self.deadline)? {
             RawOutcome::Answered { result, mut payload } => {
+                self.note(command, result, &payload);
                 let result = self.lie(rig.map(|rig| rig.state), command, result, &mut payload);
                 Ok((result, payload))
             }
@@ -183,6 +214,31 @@ impl Lab {
                 )))
             }
         }
+    }
+
+    /// Keeps count of the devices that are there: whoever deletes has to know, and so has the next run, if this one is killed.
+    pub(super) fn note(&mut self, command: &RawCommand, result: i32, payload: &[u8]) {
+        match effect(command, payload).filter(|_| result == 0) {
+            Some((id, Some(Standing::There))) => {
+                self.made.insert(id, Standing::There);
+                self.record.made(id);
+                server::watch_over_device(id, true);
+            }
+            Some((id, Some(Standing::Going))) => {
+                if let Some(standing) = self.made.get_mut(&id) {
+                    *standing = Standing::Going;
+                }
+            }
+            Some((id, None)) => self.gone(id),
+            None => {}
+        }
+    }
+
+    /// The id is free: whoever has it from here on, it is not this scenario's.
+    fn gone(&mut self, id: u32) {
+        self.made.remove(&id);
+        self.record.gone(id);
+        server::watch_over_device(id, false);
     }
 
     /// What a driver with a planted bug would have said.
@@ -305,40 +361,53 @@ impl Lab {
     }
 
     fn undo_in_time(&mut self, mut rig: Rig) -> Result<(), Failure> {
-        if rig.id == ABSENT_ID {
-            return end(rig);
-        }
+        let id = rig.id;
+        let there = self.made.get(&id) == Some(&Standing::There);
         // A server that dies with tags fetched and no START, or in the middle of a recovery, is a case of its own.
-        if matches!(rig.state, State::Opened | State::Partly | State::Ready | State::Recovering) {
-            let _refused = self.send(Some(&rig), &command(ublk::CMD_STOP_DEV, rig.id))?;
+        if there && matches!(rig.state, State::Opened | State::Partly | State::Ready | State::Recovering) {
+            let _refused = self.send(Some(&rig), &command(ublk::CMD_STOP_DEV, id))?;
         }
         if self.plant == Some(Plant::IdLeak) && rig.state == State::Live {
             // Somebody holds the block device and does not let go, if it is still there to be held.
-            let id = rig.id;
             let _opened = rig.client()?.call(&Call::OpenBlock(id))?;
-            if let Some(server) = &rig.server {
+            if let Some(server) = &mut rig.server {
                 server.kill();
             }
         } else {
-            for peer in [&rig.server, &rig.client].into_iter().flatten() {
+            for peer in [&mut rig.server, &mut rig.client].into_iter().flatten() {
                 peer.kill();
             }
         }
-        // What is being deleted already goes by itself.
-        let deleted = match rig.state {
-            State::Deleting => Ok((0, Vec::new())),
-            _ => self.send(Some(&rig), &command(ublk::CMD_DEL_DEV, rig.id)),
-        };
-        let id = rig.id;
+        let deleted = self.delete_all(&rig);
         let ended = end(rig);
-        let (result, _) = deleted?;
+        deleted?;
         ended?;
-        if result != 0 && result != -(Errno::ENODEV as i32) {
-            return Err(Failure::broke("control", format!("DEL of device {id} gives {}", named(result))));
+        let going: Vec<u32> = self.made.keys().copied().collect();
+        for id in going {
+            self.until(&format!("the id {id} is free"), |lab| Ok(lab.info(id)?.is_none()))?;
+            self.gone(id);
         }
-        self.until(&format!("the id {id} is free"), |lab| Ok(lab.info(id)?.is_none()))?;
-        self.record.gone(id);
         Ok(())
+    }
+
+    /// Deletes every device that was made here and does not go by itself: the rig's, and what commands have made beside it.
+    fn delete_all(&mut self, rig: &Rig) -> Result<(), Failure> {
+        let there: Vec<u32> =
+            self.made.iter().filter(|(_, standing)| **standing == Standing::There).map(|(id, _)| *id).collect();
+        for id in there {
+            let (result, _) = self.send(Some(rig), &command(ublk::CMD_DEL_DEV, id))?;
+            if result != 0 && result != -(Errno::ENODEV as i32) {
+                return Err(Failure::broke("control", format!("DEL of device {id} gives {}", named(result))));
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernel has complained of since it was asked last. I/O that fails is none: servers are killed here.
+    pub(super) fn complaints(&mut self) -> Vec<String> {
+        // Where the log may not be read, the end of the run says so.
+        let complaints = self.log.as_mut().map(|log| log.complaints(false)).unwrap_or_default();
+        complaints.into_iter().map(|complaint| complaint.what).collect()
     }
 }
 
@@ -350,4 +419,25 @@ fn end(rig: Rig) -> Result<(), Failure> {
 /// A result as people know it.
 pub(super) fn named(result: i32) -> String {
     if result < 0 { format!("{:?}", Errno::from_raw(-result)) } else { result.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_commands_do_to_devices_is_known() {
+        // The driver says which id it chose.
+        let chosen = DevInfo { dev_id: 7, ..add(7, Features::NONE) }.to_bytes();
+        assert_eq!(
+            effect(&add_command(add(ublk::ANY_ID, Features::NONE)), &chosen),
+            Some((7, Some(Standing::There)))
+        );
+        assert_eq!(effect(&add_command(add(7, Features::NONE)), &chosen[..63]), None, "too short to be understood");
+        assert_eq!(effect(&command(ublk::CMD_DEL_DEV, 7), &[]), Some((7, None)));
+        assert_eq!(effect(&command(ublk::CMD_DEL_DEV_ASYNC, 7), &[]), Some((7, Some(Standing::Going))));
+        for other in [ublk::CMD_STOP_DEV, ublk::CMD_GET_DEV_INFO, ublk::CMD_SET_PARAMS, ublk::CMD_START_DEV] {
+            assert_eq!(effect(&command(other, 7), &chosen), None);
+        }
+    }
 }

@@ -1,19 +1,14 @@
 //! The scenario's side of a process that holds a device.
 
-use std::io::{BufRead, BufReader, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, Command, Stdio};
-use std::sync::mpsc::{self, Receiver};
-use std::thread;
-use std::time::{Duration, Instant};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use ublkit_harness::threads::stacks;
 
 use super::ARGUMENT;
 use super::protocol::{Call, Reply};
+use crate::role::{self, Role};
 use crate::scenario::Failure;
-use crate::server;
 
 /// How long a call may take beyond what it is told to wait.
 const CALL_DEADLINE: Duration = Duration::from_secs(20);
@@ -23,54 +18,35 @@ const REAP_DEADLINE: Duration = Duration::from_secs(40);
 /// A process that holds a device. It is killed when this is dropped.
 #[derive(Debug)]
 pub(super) struct Peer {
-    child: Child,
-    calls: ChildStdin,
-    replies: Receiver<Reply>,
+    role: Role,
+    replies: Receiver<(Reply, Vec<u8>)>,
 }
 
 impl Peer {
     pub(super) fn start() -> Result<Self, Failure> {
-        let cannot = |error| Failure::Environment(format!("cannot start this program once more: {error}"));
-        let mut child = Command::new("/proc/self/exe")
-            .arg(ARGUMENT)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // Ctrl-C is for the process that decides what becomes of it.
-            .process_group(0)
-            .spawn()
-            .map_err(cannot)?;
-        let (Some(calls), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(Failure::Internal("a child without pipes".to_owned()));
-        };
-        server::adopt(child.id());
-        let (sender, replies) = mpsc::channel();
-        thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                let Ok(reply) = serde_json::from_str(&line) else { break };
-                if sender.send(reply).is_err() {
-                    break;
-                }
-            }
-        });
-        Ok(Self { child, calls, replies })
+        let (role, replies) = Role::start(ARGUMENT, "a process that holds a device")?;
+        let replies = role::listen(replies)?;
+        Ok(Self { role, replies })
     }
 
     pub(super) fn pid(&self) -> u32 {
-        self.child.id()
+        self.role.pid()
     }
 
     /// Has it do something.
     pub(super) fn call(&mut self, call: &Call) -> Result<Reply, Failure> {
-        let line = serde_json::to_string(call).map_err(|error| Failure::Internal(error.to_string()))?;
-        let lost = |error| Failure::Internal(format!("process {} cannot be told {call:?}: {error}", self.child.id()));
-        writeln!(self.calls, "{line}").map_err(lost)?;
+        self.role.tell(call)?;
         let patience = match call {
             Call::Io { patience_ms, .. } | Call::Held { patience_ms } | Call::HasRead { patience_ms } => *patience_ms,
             _ => 0,
         };
-        self.replies.recv_timeout(Duration::from_millis(patience) + CALL_DEADLINE).map_err(|_| {
-            Failure::Hang(format!("process {} did not do {call:?}:\n{}", self.child.id(), stacks(self.child.id())))
-        })
+        match self.replies.recv_timeout(Duration::from_millis(patience) + CALL_DEADLINE) {
+            Ok((reply, _)) => Ok(reply),
+            Err(RecvTimeoutError::Timeout) => {
+                Err(Failure::Hang(format!("process {} did not do {call:?}:\n{}", self.pid(), stacks(self.pid()))))
+            }
+            Err(RecvTimeoutError::Disconnected) => Err(self.role.lost(&format!("while it was to do {call:?}"))),
+        }
     }
 
     /// As [`call`](Self::call), of what has to succeed.
@@ -82,51 +58,13 @@ impl Peer {
     }
 
     /// Kills it, and does not wait.
-    pub(super) fn kill(&self) {
-        // It was not waited for, so its id is nobody else's.
-        let _ended = kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGKILL);
+    pub(super) fn kill(&mut self) {
+        self.role.kill();
     }
 
     /// Kills it, and waits for its end.
     pub(super) fn end(mut self) -> Result<(), Failure> {
         self.kill();
-        let until = Instant::now() + REAP_DEADLINE;
-        loop {
-            match self.child.try_wait() {
-                Ok(Some(_)) => {
-                    server::forget(self.child.id());
-                    return Ok(());
-                }
-                Ok(None) if Instant::now() < until => thread::sleep(Duration::from_millis(2)),
-                Ok(None) => {
-                    let pid = self.child.id();
-                    return Err(Failure::Hang(format!(
-                        "process {pid} was killed and does not end:\n{}",
-                        stacks(pid)
-                    )));
-                }
-                Err(error) => return Err(Failure::Internal(format!("cannot wait for a child: {error}"))),
-            }
-        }
+        self.role.reap(REAP_DEADLINE).map(drop)
     }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        self.kill();
-        // Reaped if it has ended by now; the rest is init's.
-        let _ = self.child.try_wait();
-    }
-}
-
-/// Where every thread of a process stands in the kernel.
-pub(super) fn stacks(pid: u32) -> String {
-    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return format!("process {pid} is gone") };
-    let read = |path: &std::path::Path, name: &str| std::fs::read_to_string(path.join(name)).unwrap_or_default();
-    let lines = tasks.flatten().map(|task| {
-        let path = task.path();
-        let state = read(&path, "stat").rsplit_once(") ").map_or(' ', |(_, rest)| rest.chars().next().unwrap_or(' '));
-        format!("{} {} {state}\n{}", path.display(), read(&path, "comm").trim(), read(&path, "stack"))
-    });
-    lines.collect::<Vec<_>>().join("\n")
 }

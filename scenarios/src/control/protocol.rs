@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::role::Word;
+
 /// Tags of the one queue that the devices here have.
 pub(super) const DEPTH: u16 = 2;
 /// The size of a device in sectors.
@@ -68,3 +70,5 @@ pub(super) enum Reply {
     /// It has no answer yet.
     Pending,
 }
+
+impl Word for Reply {}

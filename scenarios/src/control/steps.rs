@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use ublkit::raw::RawCommand;
 use ublkit::sys::ublk::{self, DevInfo, Features};
+use ublkit_harness::threads::stacks;
 
 use super::expect::about;
 use super::lab::{Lab, Rig, add, add_command, command, named, params, set_params};
-use super::peer::{Peer, stacks};
+use super::peer::Peer;
 use super::protocol::{Call, Reply};
 use super::state::State;
 use crate::scenario::Failure;
@@ -93,7 +94,6 @@ impl Lab {
                 let info = add(ublk::ANY_ID, rig.features);
                 let payload = self.must(None, &add_command(info))?;
                 rig.id = DevInfo::from_bytes(&payload).dev_id;
-                self.record.made(rig.id);
                 State::Added
             }
             Step::Configure => {
@@ -211,7 +211,6 @@ impl Lab {
             }
             Step::Delete => {
                 self.must(Some(rig), &command(ublk::CMD_DEL_DEV, rig.id))?;
-                self.record.gone(rig.id);
                 State::Deleted
             }
         };

@@ -4,20 +4,22 @@ use std::collections::VecDeque;
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 use ublkit::{Controller, orphan};
 
 use crate::context::Context;
 use crate::scenario::Failure;
+use crate::server;
+use crate::sysfs::CharDir;
 
 /// How long a server may take until its device is there.
 const START_DEADLINE: Duration = Duration::from_secs(60);
@@ -40,6 +42,8 @@ pub(super) struct ForeignServer {
     child: Child,
     guard: Child,
     said: Said,
+    /// Its status was taken: its number may be anybody's.
+    reaped: bool,
     /// The ids of ublk devices that came with it.
     ublk: Option<u32>,
 }
@@ -64,6 +68,7 @@ impl ForeignServer {
             .process_group(0)
             .spawn()
             .map_err(cannot)?;
+        server::adopt_group(child.id());
         let said = Said::default();
         let first_line = child.stdout.take().map(|out| listen(out, &said));
         let _errors = child.stderr.take().map(|err| listen(err, &said));
@@ -75,16 +80,16 @@ impl ForeignServer {
         let guard = match guard {
             Ok(guard) => guard,
             Err(error) => {
-                end_group(&mut child);
+                let _ = end_group(&mut child);
                 return Err(cannot(error));
             }
         };
-        context.watchdog().watch_process(child.id());
-        let mut this = Self { child, guard, said, ublk: None };
+        let mut this = Self { child, guard, said, reaped: false, ublk: None };
         let path = this.wait_for_device(context, device, first_line.as_ref())?;
         this.ublk = ublk_id(&path);
         if let Some(id) = this.ublk {
             context.record.made(id);
+            server::note_made(this.child.id(), id);
         }
         Ok((this, path))
     }
@@ -141,12 +146,19 @@ impl ForeignServer {
     }
 
     /// Fails if it has ended.
-    pub(super) fn alive(&mut self) -> Result<(), Failure> {
-        match self.child.try_wait() {
-            Ok(Some(status)) => Err(self.ended(status)),
-            Ok(None) => Ok(()),
+    pub(super) fn alive(&self) -> Result<(), Failure> {
+        // Its status stays where it is: as long as nobody takes that, its number is that of its group, and of no other.
+        let flags = WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG | WaitPidFlag::WNOWAIT;
+        match waitid(Id::Pid(self.pid()), flags) {
+            Ok(WaitStatus::Exited(_, code)) => Err(self.ended(ExitStatus::from_raw(code << 8))),
+            Ok(WaitStatus::Signaled(_, signal, _)) => Err(self.ended(ExitStatus::from_raw(signal as i32))),
+            Ok(_) => Ok(()),
             Err(error) => Err(Failure::Internal(format!("failed to ask after the server: {error}"))),
         }
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().cast_signed())
     }
 
     fn ended(&self, status: ExitStatus) -> Failure {
@@ -168,18 +180,12 @@ impl ForeignServer {
         ended.and(gone)
     }
 
-    fn group(&self) -> Pid {
-        Pid::from_raw(-self.child.id().cast_signed())
-    }
-
     /// SIGTERM to all of it, and then time to end.
-    fn terminate(&mut self) -> Result<(), Failure> {
+    fn terminate(&self) -> Result<(), Failure> {
         // What has ended by now is what is wanted.
-        let _ = kill(self.group(), Signal::SIGTERM);
+        let _ = kill(Pid::from_raw(-self.pid().as_raw()), Signal::SIGTERM);
         let deadline = Instant::now() + STOP_DEADLINE;
-        while self.child.try_wait().is_ok_and(|status| status.is_none())
-            || kill(self.group(), None) != Err(Errno::ESRCH)
-        {
+        while server::lives(self.child.id(), true) {
             if Instant::now() > deadline {
                 let lines = self.last_lines().join(" | ");
                 return Err(Failure::Hang(format!(
@@ -191,9 +197,12 @@ impl ForeignServer {
         Ok(())
     }
 
-    /// Kills what is left.
+    /// Kills what is left, once.
     fn reap(&mut self) {
-        end_group(&mut self.child);
+        if self.reaped {
+            return;
+        }
+        self.reaped = end_group(&mut self.child);
         let _ = self.guard.kill();
         let _ = self.guard.wait();
     }
@@ -206,7 +215,7 @@ impl ForeignServer {
                 return Ok(());
             }
             if let Some(id) = self.ublk {
-                if !Path::new(&format!("/sys/class/ublk-char/ublkc{id}")).exists() {
+                if !CharDir::of(id).exists() {
                     context.record.gone(id);
                     self.ublk = None;
                     continue;
@@ -226,18 +235,27 @@ impl ForeignServer {
 impl Drop for ForeignServer {
     fn drop(&mut self) {
         // Everything has ended where it was stopped.
-        if self.child.try_wait().is_ok_and(|status| status.is_none()) {
+        if !self.reaped && self.alive().is_ok() {
             let _ = self.terminate();
         }
         self.reap();
     }
 }
 
-/// Kills what there is of a process group, and takes the leader's status.
-fn end_group(leader: &mut Child) {
+/// Kills what there is of a process group, and takes the leader's status; says whether that could be done in time.
+fn end_group(leader: &mut Child) -> bool {
     // Its number is its own until it was waited for, and as long as one of its group lives.
     let _ = kill(Pid::from_raw(-leader.id().cast_signed()), Signal::SIGKILL);
-    let _ = leader.wait();
+    let deadline = Instant::now() + GONE_DEADLINE;
+    while Instant::now() < deadline {
+        if let Ok(Some(_)) = leader.try_wait() {
+            server::forget(leader.id());
+            return true;
+        }
+        std::thread::sleep(LOOK);
+    }
+    // It stays among those that are killed when all has to end.
+    false
 }
 
 /// Deletes a device that is dead, or that only its server could have continued. Returns what came of it, once it is over.

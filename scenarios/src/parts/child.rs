@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill, killpg};
 use nix::unistd::Pid;
 use ublkit_harness::event::{Event, VerdictLine};
-use ublkit_harness::threads::{ThreadDump, dump_threads};
+use ublkit_harness::threads::{Stat, ThreadDump, dump_threads};
 
 use super::WIND_DOWN;
 use crate::context::Interruption;
@@ -191,13 +191,8 @@ impl Known {
 
 /// When a process began, in clock ticks since boot; `None` if there is none, or only its corpse.
 fn start_time(pid: u32) -> Option<u64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before the last bracket may hold anything; after it come the state, field 3, and the others.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
+    let stat = Stat::read(Path::new(&format!("/proc/{pid}")))?;
+    (!stat.is_gone()).then_some(stat.start_time)
 }
 
 fn read(stdout: ChildStdout) -> Receiver<Event> {
@@ -253,7 +248,7 @@ mod tests {
         // The program of these tests lists them and ends.
         let child = Child::start(&["--list".to_owned()]).expect("a process");
         let pid = child.process.id();
-        let known = || server::running_now().iter().any(|running| running.pid == pid);
+        let known = || server::pids().contains(&pid);
         assert!(known());
         child.end().expect("an end");
         assert!(!known(), "its number may be somebody else's");

@@ -1,7 +1,7 @@
 //! The server's side: does what it is told, and closes everything when nobody is there to tell it any more.
 
-use std::io::{self, BufRead, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::io::{self, BufRead};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ublkit::{Backend, Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
@@ -9,10 +9,12 @@ use ublkit_harness::Seed;
 use ublkit_harness::sim::medium::{Medium, MediumDisk};
 
 use super::freezer::Freezer;
-use super::protocol::{Call, Closing, Complaint, Reply, Served, Status};
+use super::hang::{Hang, never_returns};
+use super::protocol::{Call, Closing, Reply, Served, Status};
 use super::stack::{Stack, Storage};
 use crate::in_flight::InFlight;
 use crate::inventory::Inventory;
+use crate::role::say;
 use crate::scenario::Failure;
 use crate::target::{Made, Mode, TargetArgs};
 
@@ -31,6 +33,8 @@ struct Server {
     storages: Vec<Option<Storage>>,
     devices: Vec<Option<Serving>>,
     in_flight: InFlight,
+    /// A planted hang: it never ends.
+    endless: bool,
     /// What this process had before its first device.
     before: Option<Inventory>,
 }
@@ -48,13 +52,12 @@ pub(crate) fn main() -> u8 {
             Ok(call) => server.answer(call),
             Err(error) => Err(Failure::Internal(format!("the server was told what it does not understand: {error}"))),
         };
-        let (reply, bytes) = reply.unwrap_or_else(|failure| (Reply::Failed(Complaint::from(failure)), Vec::new()));
+        let (reply, bytes) = reply.unwrap_or_else(|failure| (Reply::Failed(failure.into()), Vec::new()));
         if say(&reply, &bytes).is_err() {
             break;
         }
     }
-    server.end();
-    0
+    server.end()
 }
 
 /// A device with what is asked for on the command line.
@@ -82,17 +85,6 @@ fn builder<S: Serve>(
                 let _ = say(&Reply::Note(event.to_string()), &[]);
             }
         })
-}
-
-/// One line, and what follows it, in one piece: notes come from other threads.
-fn say(reply: &Reply, bytes: &[u8]) -> io::Result<()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let mut out = io::stdout().lock();
-    serde_json::to_writer(&mut out, reply)?;
-    out.write_all(b"\n")?;
-    out.write_all(bytes)?;
-    out.flush()
 }
 
 type Answer = Result<(Reply, Vec<u8>), Failure>;
@@ -189,6 +181,7 @@ impl Server {
     }
 
     fn serve(&mut self, args: &TargetArgs, seed: Seed, storage: Option<usize>) -> Result<Served, Failure> {
+        self.endless |= args.hang == Some(Hang::End);
         let storage = match storage {
             Some(storage) => storage,
             None => self.keep(args.storage()?),
@@ -262,8 +255,12 @@ impl Server {
         Ok(Closing { last, deferred, left })
     }
 
-    /// Closes what is left, as nobody waits for it any more.
-    fn end(mut self) {
+    /// Closes what is left, as nobody waits for it any more. Returns the exit status.
+    fn end(mut self) -> u8 {
+        if self.endless {
+            never_returns();
+        }
+        let mut status = 0;
         for storage in self.storages.iter().flatten() {
             storage.freezer.thaw();
         }
@@ -273,12 +270,14 @@ impl Server {
             if let Err(error) = serving.device.close() {
                 // A backend that does not come back: the kernel takes the device from this process when it ends, and the next
                 // run deletes it.
+                status = 1;
                 eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.id());
             }
             let over = serving.over;
             drop(serving);
             self.let_go(over);
         }
+        status
     }
 }
 

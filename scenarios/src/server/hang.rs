@@ -29,6 +29,8 @@ pub(crate) enum Hang {
     Stop,
     /// A worker of this program never comes back from its own code.
     Worker,
+    /// The server does not end when it is told to, its devices closed or not.
+    End,
 }
 
 /// A hang that is planted in a server. Clones are the same.

@@ -14,6 +14,7 @@ mod hang;
 mod lies;
 mod noted;
 mod protocol;
+mod running;
 mod socket;
 mod stack;
 mod teller;
@@ -21,10 +22,13 @@ mod timed;
 mod witness;
 
 pub(crate) use child::main;
-pub(crate) use client::{Server, adopt, forget, kill_all, note_gone, note_made, running_now, watch_over_device};
+pub(crate) use client::Server;
 pub(crate) use hang::{Hang, never_returns};
 pub(crate) use lies::Lie;
 pub(crate) use protocol::{Moment, Served, Status};
+pub(crate) use running::{
+    adopt, adopt_group, forget, kill_all, lives, note_gone, note_made, pids, running_now, watch_over_device,
+};
 pub(crate) use teller::ask;
 pub(crate) use witness::Testimony;
 

@@ -8,7 +8,7 @@ use ublkit_harness::sim::medium::CutReport;
 
 use super::witness::Testimony;
 use crate::flush_trace::Recording;
-use crate::scenario::Failure;
+use crate::role::Trouble;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
 
@@ -87,7 +87,7 @@ pub(super) enum Reply {
     Forgotten,
     Status(Status),
     Closed(Closing),
-    Failed(Complaint),
+    Failed(Trouble),
 }
 
 /// A device that is being served.
@@ -122,35 +122,4 @@ pub(crate) struct Closing {
     pub(crate) deferred: Option<String>,
     /// Descriptors and threads of the server that were not there before its first device, once the last is closed.
     pub(crate) left: Vec<String>,
-}
-
-/// A failure, without what only one process knows of it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) enum Complaint {
-    Usage(String),
-    Environment(String),
-    Hang(String),
-    Broke(String),
-}
-
-impl From<Failure> for Complaint {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Usage(what) => Self::Usage(what),
-            Failure::Environment(what) => Self::Environment(what),
-            Failure::Hang(what) => Self::Hang(what),
-            other => Self::Broke(other.to_string()),
-        }
-    }
-}
-
-impl From<Complaint> for Failure {
-    fn from(complaint: Complaint) -> Self {
-        match complaint {
-            Complaint::Usage(what) => Self::Usage(what),
-            Complaint::Environment(what) => Self::Environment(what),
-            Complaint::Hang(what) => Self::Hang(what),
-            Complaint::Broke(what) => Self::broke("server", what),
-        }
-    }
 }

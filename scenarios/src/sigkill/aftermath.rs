@@ -1,13 +1,10 @@
-//! What must not be there when it is all over: processes that cannot be killed, and complaints of the kernel.
+//! What must not be there when it is all over: processes that cannot be killed.
 
 use std::collections::BTreeMap;
-use std::fs::{File, OpenOptions};
-use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use nix::libc;
+use ublkit_harness::threads::Stat;
 
 /// How long a thread may wait uninterruptibly: the disk of a busy machine is no hang.
 const STUCK: Duration = Duration::from_secs(8);
@@ -53,46 +50,7 @@ fn waiting() -> BTreeMap<PathBuf, (String, String)> {
 
 /// The name of a thread in state D.
 fn waits(task: &Path) -> Option<String> {
-    let stat = std::fs::read_to_string(task.join("stat")).ok()?;
-    let (name, rest) = stat.split_once('(')?.1.rsplit_once(')')?;
-    rest.trim_start().starts_with('D').then(|| name.to_owned())
-}
-
-/// The kernel's messages from some moment on.
-pub(super) struct KernelLog(Option<File>);
-
-impl KernelLog {
-    /// From here on. Where it may not be read, it says nothing.
-    pub(super) fn from_here() -> Self {
-        let open = || -> io::Result<File> {
-            let mut log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg")?;
-            log.seek(SeekFrom::End(0))?;
-            Ok(log)
-        };
-        Self(open().ok())
-    }
-
-    /// What a sound kernel never says. Errors of I/O are not among it: they are what is caused here.
-    pub(super) fn complaints(&mut self) -> Vec<String> {
-        const ALARMS: [&str; 6] =
-            ["WARNING:", "BUG:", "Oops", "blocked for more than", "general protection", "rcu: INFO"];
-        let Some(log) = &mut self.0 else { return Vec::new() };
-        let mut record = [0; 8192];
-        let mut lines = Vec::new();
-        // One record for each read, until there is none; one that was overwritten meanwhile is an error of its own.
-        for _ in 0..10_000 {
-            match log.read(&mut record) {
-                Ok(len) => {
-                    let text = String::from_utf8_lossy(&record[..len]);
-                    let message = text.split_once(';').map_or(&*text, |(_, message)| message);
-                    lines.push(message.lines().next().unwrap_or_default().to_owned());
-                }
-                Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
-                Err(_) => break,
-            }
-        }
-        if lines.iter().any(|line| ALARMS.iter().any(|alarm| line.contains(alarm))) { lines } else { Vec::new() }
-    }
+    Stat::read(task).filter(|stat| stat.state == 'D').map(|stat| stat.comm)
 }
 
 /// The resident memory of this process, in KiB.

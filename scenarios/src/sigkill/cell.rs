@@ -25,6 +25,7 @@ use crate::clock::nanoseconds;
 use crate::context::Context;
 use crate::gates;
 use crate::scenario::Failure;
+use crate::server;
 
 /// How long the driver may take to bring a device into the state that a death leads to.
 const STATE_LIMIT: Duration = Duration::from_secs(20);
@@ -111,7 +112,7 @@ pub(super) struct Cell<'a> {
     storage: File,
     older: Option<File>,
     lives: u32,
-    /// It has made a device, whatever has become of it.
+    /// The device that has the id was made here.
     made: bool,
     standing: Standing,
     /// This cell has had the id already, and deleted the device: whoever starts another has used it again.
@@ -228,6 +229,7 @@ impl<'a> Cell<'a> {
             process.wait_for("ADD", added)?;
             (self.made, self.standing) = (true, Standing::There);
             self.context.record.made(self.id);
+            server::watch_over_device(self.id, true);
         }
         Ok(process)
     }
@@ -435,8 +437,15 @@ impl<'a> Cell<'a> {
         }
         self.standing = Standing::Gone;
         self.deleted = true;
-        self.context.record.gone(self.id);
+        self.gone();
         Ok(())
+    }
+
+    /// The id is free: whoever has it from here on, it is not this cell's.
+    fn gone(&mut self) {
+        self.made = false;
+        self.context.record.gone(self.id);
+        server::watch_over_device(self.id, false);
     }
 
     /// Reads everything through the device, closes it, and reads everything from its storage.
@@ -481,7 +490,7 @@ impl<'a> Cell<'a> {
     /// After a failure: nothing is to be left, as far as that can be done.
     fn give_up(&mut self) {
         if self.made && self.controller.delete(self.id, CONTROL_LIMIT).is_ok() {
-            self.context.record.gone(self.id);
+            self.gone();
         }
     }
 }

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Plant;
 use super::mode::Mode;
+use crate::role;
 
 /// What a server is told first.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -78,6 +79,8 @@ pub(super) struct Word {
     pub(super) at: u64,
     pub(super) what: What,
 }
+
+impl role::Word for Word {}
 
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum What {

@@ -1,6 +1,6 @@
 //! The process that is killed: serves one device, and stops where it is told to.
 
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead};
 use std::panic::panic_any;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -11,6 +11,7 @@ use super::mode::Mode;
 use super::protocol::{Command, Hold, Kind, Order, Stage, What, Word};
 use super::store::{BLOCK, Store};
 use crate::clock::nanoseconds;
+use crate::role;
 
 /// The argument with which this program becomes such a server.
 pub(crate) const ARGUMENT: &str = "serve-to-be-killed";
@@ -118,14 +119,9 @@ fn tell(event: &Event, holds: &Holds) {
     }
 }
 
-/// One line, in one piece.
 fn say(what: What) {
-    let Ok(mut line) = serde_json::to_string(&Word { at: nanoseconds(), what }) else { return };
-    line.push('\n');
-    let mut out = io::stdout().lock();
-    if out.write_all(line.as_bytes()).and_then(|()| out.flush()).is_err() {
-        // Nobody listens: the end of the standard input says so too, and sees to a tidy end.
-    }
+    // Where nobody listens, the end of the standard input says so too, and sees to a tidy end.
+    let _nobody_listens = role::say(&Word { at: nanoseconds(), what }, &[]);
 }
 
 /// Where to stop, and who has.

@@ -7,6 +7,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use ublkit::ctrl::{State, block_path};
+use ublkit_harness::threads::stacks;
 use ublkit_harness::{OpKind, SectorRange};
 
 use super::book::BLOCK_SECTORS;
@@ -14,11 +15,12 @@ use super::cell::{CONTROL_LIMIT, Cell};
 use super::load::Load;
 use super::mode::Mode;
 use super::point::{Point, Reached};
-use super::process::{Killed, Process, stacks};
+use super::process::{Killed, Process};
 use super::protocol::{Command, Hold, Kind, Stage, What};
 use super::timeline::Ended;
 use crate::clock::nanoseconds;
 use crate::scenario::Failure;
+use crate::sysfs::CharDir;
 
 /// How often START is tried to be hit from within, in one cell.
 const START_ATTEMPTS: u32 = 16;
@@ -510,7 +512,7 @@ impl Cell<'_> {
         let joined = |what: &What| matches!(what, What::Phase(phase) if phase == "joined").then_some(());
         process.wait_for("DEL", joined)?;
         // DEL takes the node away before it waits.
-        let node = Path::new("/sys/class/ublk-char").join(format!("ublkc{}", self.id));
+        let node = CharDir::of(self.id);
         let begun = Instant::now();
         while node.exists() {
             if begun.elapsed() >= CONTROL_LIMIT {

@@ -27,7 +27,7 @@ pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
     let limit = context.duration().map_or(Duration::ZERO, |duration| 2 * duration);
     let limit = limit.max(Duration::from_secs(10 * args.cycles)) + Duration::from_secs(300);
     context.step("churn", limit, |context| {
-        let mut stressed = Stressed::start(context, "churn")?;
+        let mut stressed = Stressed::start("churn")?;
         stressed.order(&Order::Churn(ChurnOrder {
             cycles: args.cycles,
             duration_ms: context.duration().map(|duration| duration.as_millis() as u64),

@@ -43,7 +43,7 @@ pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
     }
     let limit = Duration::from_secs(120 + 120 * rounds);
     context.step("close under load", limit, |context| {
-        let mut stressed = Stressed::start(context, "close under load")?;
+        let mut stressed = Stressed::start("close under load")?;
         let first = stressed.sample(context, 0)?;
         let mut least = u64::MAX;
         for round in 0..args.rounds {

@@ -1,7 +1,6 @@
 //! Many callers close the same device at the same moment, while other devices are started and closed beside it.
 
 use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Barrier, Mutex, PoisonError};
 use std::time::Duration;
@@ -13,6 +12,7 @@ use ublkit_harness::{Pattern, Seed};
 use super::cycle::{BLOCK, DEVICE_BYTES, await_one, open_client};
 use super::protocol::{Concurred, ConcurrentOrder, Plant, Report, Trouble};
 use super::worker::say;
+use crate::sysfs::CharDir;
 
 /// How long closing waits for whoever looks at a new disk.
 const DELETE_DEADLINE: Duration = Duration::from_secs(30);
@@ -26,16 +26,12 @@ struct Contended {
     closing: AtomicBool,
 }
 
-fn inode(id: u32) -> Option<u64> {
-    std::fs::metadata(format!("/sys/class/ublk-char/ublkc{id}")).ok().map(|meta| meta.ino())
-}
-
 impl Contended {
     fn start(seed: Seed) -> Result<Self, Trouble> {
         let device = Device::builder(Memory::new(DEVICE_BYTES)).depth(8).delete_deadline(DELETE_DEADLINE).start()?;
         let id = device.id();
         say(&Report::Made { id });
-        let contended = Self { inode: inode(id), device, closing: AtomicBool::new(false) };
+        let contended = Self { inode: CharDir::of(id).inode(), device, closing: AtomicBool::new(false) };
         contended.try_io(seed)?;
         Ok(contended)
     }
@@ -74,7 +70,7 @@ impl Contended {
                 Err(error) => format!("failed to {error}"),
             },
         };
-        let there = self.inode.is_some() && inode(self.device.id()) == self.inode;
+        let there = self.inode.is_some() && CharDir::of(self.device.id()).inode() == self.inode;
         let told = if plant == Some(Plant::SplitAnswer) && !first { "closed already".to_owned() } else { told };
         Answer { there: told == "closed" && there, told }
     }

@@ -45,7 +45,7 @@ pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
     }
     let limit = Duration::from_secs(180 + 6 * devices);
     context.step("many at once", limit, |context| {
-        let mut stressed = Stressed::start(context, "many at once")?;
+        let mut stressed = Stressed::start("many at once")?;
         let first = stressed.sample(context, 0)?;
         let mut crowd = start_all(args, context, &mut stressed)?;
         let full = stressed.sample(context, devices)?;

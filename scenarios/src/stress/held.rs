@@ -44,7 +44,7 @@ pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
     }
     let limit = Duration::from_secs(300 + 60 * rounds);
     context.step("close while held", limit, |context| {
-        let mut stressed = Stressed::start(context, "close while held")?;
+        let mut stressed = Stressed::start("close while held")?;
         let first = stressed.sample(context, 0)?;
         for round in 0..rounds as u32 {
             while_open(args, context, &mut stressed, round)?;

@@ -6,7 +6,8 @@ use ublkit_harness::Seed;
 
 use super::cycle::Costs;
 use crate::footprint::Sample;
-use crate::scenario::{Broken, Failure};
+pub(super) use crate::role::Trouble;
+use crate::role::Word;
 
 /// A bug that is planted in the process whose devices are stressed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -176,52 +177,8 @@ pub(super) struct Concurred {
     pub(super) bytes_verified: u64,
 }
 
-/// A failure, without what only one process knows of it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub(super) enum Trouble {
-    Usage(String),
-    Environment(String),
-    Hang(String),
-    Broke { oracle: String, what: String, detail: Vec<String> },
-}
-
-impl Trouble {
-    pub(super) fn broke(oracle: &str, what: impl Into<String>) -> Self {
-        Self::Broke { oracle: oracle.to_owned(), what: what.into(), detail: Vec::new() }
-    }
-}
-
-impl From<Failure> for Trouble {
-    fn from(failure: Failure) -> Self {
-        match failure {
-            Failure::Usage(what) => Self::Usage(what),
-            Failure::Environment(what) => Self::Environment(what),
-            Failure::Hang(what) => Self::Hang(what),
-            Failure::DeviceBroke(Broken { event, .. }) => match *event {
-                ublkit_harness::Event::Finding(finding) => {
-                    Self::Broke { oracle: finding.oracle, what: finding.what, detail: finding.detail }
-                }
-                ublkit_harness::Event::Mismatch(mismatch) => Self::broke("shadow", mismatch.to_string()),
-                other => Self::broke("stress", format!("{other:?}")),
-            },
-            other => Self::broke("stress", other.to_string()),
-        }
-    }
-}
-
-impl From<ublkit::Error> for Trouble {
-    fn from(error: ublkit::Error) -> Self {
-        Failure::from(error).into()
-    }
-}
-
-impl From<Trouble> for Failure {
-    fn from(trouble: Trouble) -> Self {
-        match trouble {
-            Trouble::Usage(what) => Self::Usage(what),
-            Trouble::Environment(what) => Self::Environment(what),
-            Trouble::Hang(what) => Self::Hang(what),
-            Trouble::Broke { oracle, what, detail } => Self::broke_with(oracle, what, detail),
-        }
+impl Word for Report {
+    fn bytes(&self) -> usize {
+        if let Self::Bytes { len } = self { *len } else { 0 }
     }
 }

@@ -2,10 +2,7 @@
 //! of it is left.
 
 use std::collections::BTreeSet;
-use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::process::CommandExt;
-use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use ublkit::{Controller, orphan};
@@ -16,8 +13,10 @@ use super::protocol::{Order, Report, Shape};
 use super::worker::ARGUMENT;
 use crate::context::Context;
 use crate::footprint::Sample;
+use crate::role::{self, Role};
 use crate::scenario::Failure;
 use crate::server;
+use crate::sysfs::CharDir;
 
 /// How long the process may say nothing: longer than its own bounds for starting and closing a device.
 const SILENCE: Duration = Duration::from_secs(150);
@@ -28,17 +27,10 @@ const SLICE: Duration = Duration::from_millis(100);
 /// How long ids may take to become free once their devices are closed.
 const IDS_DEADLINE: Duration = Duration::from_secs(10);
 
-enum Heard {
-    Report(Report),
-    Bytes(Vec<u8>),
-}
-
 /// The process, and what it has said.
 pub(super) struct Stressed {
-    child: Child,
-    pid: u32,
-    orders: Option<ChildStdin>,
-    heard: Receiver<Heard>,
+    role: Role,
+    heard: Receiver<(Report, Vec<u8>)>,
     told_enough: bool,
     begun: Instant,
     what: &'static str,
@@ -49,59 +41,42 @@ pub(super) struct Stressed {
 
 impl Stressed {
     /// Starts it; `what` it is for is shown with its progress.
-    pub(super) fn start(context: &Context, what: &'static str) -> Result<Self, Failure> {
-        let cannot = |error: io::Error| Failure::Environment(format!("failed to start a process: {error}"));
-        let mut child = Command::new("/proc/self/exe")
-            .arg(ARGUMENT)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            // Ctrl-C is for the process that decides what becomes of it.
-            .process_group(0)
-            .spawn()
-            .map_err(cannot)?;
-        let pid = child.id();
-        let (Some(orders), Some(reports)) = (child.stdin.take(), child.stdout.take()) else {
-            return Err(Failure::Internal("a process has no pipes".to_owned()));
-        };
-        server::adopt(pid);
-        context.watchdog().watch_process(pid);
-        let (tell, heard) = mpsc::channel();
-        let listener = std::thread::Builder::new().name("reports".to_owned());
-        listener.spawn(move || listen(BufReader::new(reports), &tell)).map_err(cannot)?;
+    pub(super) fn start(what: &'static str) -> Result<Self, Failure> {
+        let (role, reports) = Role::start(ARGUMENT, "the process whose devices are stressed")?;
+        let heard = role::listen(reports)?;
         let begun = Instant::now();
         let (made, samples) = (BTreeSet::new(), Vec::new());
-        Ok(Self { child, pid, orders: Some(orders), heard, told_enough: false, begun, what, made, samples })
+        Ok(Self { role, heard, told_enough: false, begun, what, made, samples })
     }
 
     /// Gives an order; what comes of it is heard by [`hear`](Self::hear).
     pub(super) fn order(&mut self, order: &Order) -> Result<(), Failure> {
-        let mut line = serde_json::to_vec(order)
-            .map_err(|error| Failure::Internal(format!("an order cannot be written: {error}")))?;
-        line.push(b'\n');
-        let orders =
-            self.orders.as_mut().ok_or_else(|| Failure::Internal("the process was told to end".to_owned()))?;
-        orders.write_all(&line).map_err(|error| self.gone(&error.to_string()))
+        self.role.tell(order)
     }
 
     /// The next report that is an answer to an order. The others are seen to here.
     pub(super) fn hear(&mut self, context: &Context) -> Result<Report, Failure> {
+        Ok(self.hear_with_bytes(context)?.0)
+    }
+
+    fn hear_with_bytes(&mut self, context: &Context) -> Result<(Report, Vec<u8>), Failure> {
         loop {
-            match self.next(context)? {
-                Heard::Bytes(_) => return Err(Failure::Internal("bytes that nobody asked for".to_owned())),
-                Heard::Report(Report::Made { id }) => {
+            let (report, bytes) = self.next(context)?;
+            match report {
+                Report::Made { id } => {
                     self.made.insert(id);
-                    server::note_made(self.pid, id);
+                    server::note_made(self.role.pid(), id);
                     context.record.made(id);
                 }
-                Heard::Report(Report::Gone { id }) => {
-                    server::note_gone(self.pid, id);
+                Report::Gone { id } => {
+                    server::note_gone(self.role.pid(), id);
                     context.record.gone(id);
                 }
-                Heard::Report(Report::Note(text)) => context.note(text),
-                Heard::Report(Report::Progress { done, of }) => self.show(context, done, of),
-                Heard::Report(Report::Failed(trouble)) => return Err(trouble.into()),
-                Heard::Report(Report::Sample(sample)) => self.samples.push(sample),
-                Heard::Report(report) => return Ok(report),
+                Report::Note(text) => context.note(text),
+                Report::Progress { done, of } => self.show(context, done, of),
+                Report::Failed(trouble) => return Err(trouble.into()),
+                Report::Sample(sample) => self.samples.push(sample),
+                report => return Ok((report, bytes)),
             }
         }
     }
@@ -118,16 +93,12 @@ impl Stressed {
     /// Reads the storage of a device, past the device.
     pub(super) fn read(&mut self, context: &Context, slot: u32, offset: u64, buf: &mut [u8]) -> Result<(), Failure> {
         self.order(&Order::Read { slot, offset, len: buf.len() })?;
-        match self.hear(context)? {
-            Report::Bytes { len } if len == buf.len() => {}
-            other => return Err(unexpected(&other)),
-        }
-        match self.next(context)? {
-            Heard::Bytes(bytes) if bytes.len() == buf.len() => {
+        match self.hear_with_bytes(context)? {
+            (Report::Bytes { len }, bytes) if len == buf.len() => {
                 buf.copy_from_slice(&bytes);
                 Ok(())
             }
-            _ => Err(Failure::Internal("fewer bytes than announced".to_owned())),
+            (other, _) => Err(unexpected(&other)),
         }
     }
 
@@ -165,7 +136,7 @@ impl Stressed {
         }));
     }
 
-    fn next(&mut self, context: &Context) -> Result<Heard, Failure> {
+    fn next(&mut self, context: &Context) -> Result<(Report, Vec<u8>), Failure> {
         let _guard = context.watchdog().guard("hear from the process whose devices are stressed", SILENCE);
         loop {
             match self.heard.recv_timeout(SLICE) {
@@ -176,36 +147,14 @@ impl Stressed {
                         self.order(&Order::Enough)?;
                     }
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err(self.gone("its output ended")),
-            }
-        }
-    }
-
-    /// The process has ended, which it is not to do by itself.
-    fn gone(&mut self, why: &str) -> Failure {
-        let deadline = Instant::now() + Duration::from_secs(1);
-        loop {
-            match self.child.try_wait() {
-                Ok(Some(status)) => {
-                    return Failure::broke(
-                        "server",
-                        format!("the process whose devices are stressed ended: {status}"),
-                    );
-                }
-                Ok(None) if Instant::now() < deadline => std::thread::sleep(Duration::from_millis(5)),
-                _ => {
-                    return Failure::broke(
-                        "server",
-                        format!("the process whose devices are stressed is lost: {why}"),
-                    );
-                }
+                Err(RecvTimeoutError::Disconnected) => return Err(self.role.lost("its output ended")),
             }
         }
     }
 
     /// Ends the process, and looks whether every id that it had is free. What it left is deleted, and told.
     pub(super) fn end(mut self, context: &Context) -> Result<u64, Failure> {
-        self.end_process();
+        let ended = self.role.end(END_DEADLINE);
         let made = std::mem::take(&mut self.made);
         let until = Instant::now() + IDS_DEADLINE;
         let mut left: Vec<u32> = made.iter().copied().filter(|id| exists(*id)).collect();
@@ -214,7 +163,7 @@ impl Stressed {
             left.retain(|id| exists(*id));
         }
         if left.is_empty() {
-            return Ok(made.len() as u64);
+            return ended.map(|()| made.len() as u64);
         }
         let mut detail: Vec<String> = left.iter().map(|id| format!("/dev/ublkc{id}")).collect();
         if let Ok(controller) = Controller::open() {
@@ -230,56 +179,22 @@ impl Stressed {
         }
         let what =
             format!("{} ids are still taken after their devices were closed and their server ended", left.len());
-        Err(Failure::broke_with("leak", what, detail))
-    }
-
-    fn end_process(&mut self) {
-        self.orders = None;
-        let deadline = Instant::now() + END_DEADLINE;
-        while let Ok(None) = self.child.try_wait() {
-            if Instant::now() >= deadline {
-                // What it leaves behind is in this run's record, for the next one to clean.
-                let _ = self.child.kill();
-                let _ = self.child.wait();
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(2));
-        }
-        server::forget(self.pid);
+        // Of a process that did not end as it should, that is no wonder.
+        ended.and(Err(Failure::broke_with("leak", what, detail)))
     }
 }
 
 impl Drop for Stressed {
     fn drop(&mut self) {
-        self.end_process();
+        // What it leaves behind is in this run's record, for the next one to clean.
+        self.role.end_unheard(END_DEADLINE);
     }
 }
 
 pub(super) fn exists(id: u32) -> bool {
-    std::path::Path::new("/sys/class/ublk-char").join(format!("ublkc{id}")).exists()
+    CharDir::of(id).exists()
 }
 
 pub(super) fn unexpected(report: &Report) -> Failure {
     Failure::Internal(format!("the stressed process answered another question: {report:?}"))
-}
-
-fn listen(mut reports: BufReader<ChildStdout>, tell: &Sender<Heard>) {
-    let mut line = String::new();
-    loop {
-        line.clear();
-        if reports.read_line(&mut line).is_ok_and(|read| read == 0) || line.is_empty() {
-            return;
-        }
-        let Ok(report) = serde_json::from_str::<Report>(&line) else { return };
-        let len = if let Report::Bytes { len } = &report { Some(*len) } else { None };
-        if tell.send(Heard::Report(report)).is_err() {
-            return;
-        }
-        if let Some(len) = len {
-            let mut bytes = vec![0; len];
-            if reports.read_exact(&mut bytes).is_err() || tell.send(Heard::Bytes(bytes)).is_err() {
-                return;
-            }
-        }
-    }
 }

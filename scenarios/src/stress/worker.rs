@@ -1,7 +1,7 @@
 //! The process whose devices are stressed: does what it is told, and closes everything when nobody is there to tell it.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,6 +17,7 @@ use super::protocol::{ChurnOrder, Churned, Order, Plant, Report, Shape, Trouble}
 use crate::clock::nanoseconds;
 use crate::footprint::{self, Sample};
 use crate::inventory::Inventory;
+use crate::role;
 
 /// The argument with which this program becomes such a process.
 pub(crate) const ARGUMENT: &str = "stress-for-parent";
@@ -77,8 +78,7 @@ pub(crate) fn main() -> u8 {
             say(&Report::Failed(trouble));
         }
     }
-    worker.end();
-    0
+    worker.end()
 }
 
 /// As many descriptors as root may give this process: a device takes six.
@@ -90,19 +90,13 @@ fn raise_descriptor_limit() {
     }
 }
 
-/// One line, in one piece: reports come from several threads. A reader that is gone is noticed at the orders.
+/// A reader that is gone is noticed at the orders.
 pub(super) fn say(report: &Report) {
     say_with(report, &[]);
 }
 
 fn say_with(report: &Report, bytes: &[u8]) {
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let Ok(mut line) = serde_json::to_vec(report) else { return };
-    line.push(b'\n');
-    line.extend_from_slice(bytes);
-    let mut out = io::stdout().lock();
-    let _reader_gone = out.write_all(&line).and_then(|()| out.flush());
+    let _reader_gone = role::say(report, bytes);
 }
 
 impl Worker {
@@ -230,13 +224,17 @@ impl Worker {
         troubles.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().next().map_or(Ok(()), Err)
     }
 
-    fn end(self) {
+    /// Closes what is left. Returns the exit status.
+    fn end(self) -> u8 {
+        let mut status = 0;
         for serving in self.serving.into_values() {
             serving.disk.open();
             if let Err(error) = serving.device.close() {
                 eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.id());
+                status = 1;
             }
         }
+        status
     }
 }
 

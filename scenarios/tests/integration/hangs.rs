@@ -1,7 +1,6 @@
 //! Hangs, planted wherever there can be one: each ends its run with status 3 within ten seconds of the deadline, is shown
 //! by the function that hangs and by the request that waits, and leaves nothing behind.
 
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -9,6 +8,7 @@ use nix::unistd::Pid;
 use serde_json::Value;
 
 use super::runner::{cases, ids};
+use super::scenarios::{Underway, verdict};
 
 cases!("hangs":
     a_backend_that_never_returns in 60 s,
@@ -18,6 +18,7 @@ cases!("hangs":
     a_stop_behind_a_held_request in 60 s,
     a_worker_that_never_comes_back in 60 s,
     a_server_that_was_stopped in 60 s,
+    a_server_that_does_not_end in 60 s,
 );
 
 /// What a hang may outlive its deadline by.
@@ -38,9 +39,9 @@ enum Since {
     Then(Instant),
 }
 
-/// A run of torture; killed, with its server, when it is dropped.
+/// A run of torture.
 struct Run {
-    child: Child,
+    underway: Underway,
     report: tempfile::TempDir,
     begun: Instant,
 }
@@ -56,16 +57,10 @@ struct Ended {
 impl Run {
     fn start(arguments: &str) -> Self {
         let report = tempfile::tempdir().expect("a directory");
-        let child = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
-            .args(["torture", "--seed", "3", "--size", "16M", "--faults", "none"])
-            .args(arguments.split_whitespace())
-            .arg("--report")
-            .arg(report.path())
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("run ublk-torture");
-        Self { child, report, begun: Instant::now() }
+        let mut all = vec!["torture", "--seed", "3", "--size", "16M", "--faults", "none"];
+        all.extend(arguments.split_whitespace());
+        all.extend(["--report", report.path().to_str().expect("a path")]);
+        Self { underway: Underway::start(&all), report, begun: Instant::now() }
     }
 
     /// Whether this step has begun.
@@ -79,7 +74,7 @@ impl Run {
     fn hangs(mut self, since: Since, deadline: Duration) -> Ended {
         let mut began = None;
         let status = loop {
-            if let Some(status) = self.child.try_wait().expect("wait") {
+            if let Some(status) = self.underway.ended() {
                 break status;
             }
             began = began.or_else(|| match since {
@@ -108,33 +103,9 @@ impl Run {
             assert!(Instant::now() < settled, "a device is left: {:?}", ids());
             std::thread::sleep(Duration::from_millis(10));
         }
-        assert_eq!(processes(), [0; 0], "processes are left");
+        assert_eq!(self.underway.left(), [0; 0], "processes are left");
         Ended { hang: hangs[0].clone(), text, report }
     }
-}
-
-impl Drop for Run {
-    fn drop(&mut self) {
-        // Both have ended where the trial passes.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        for pid in processes() {
-            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-        }
-    }
-}
-
-/// Servers and helpers of the program that are alive.
-fn processes() -> Vec<i32> {
-    let entries = std::fs::read_dir("/proc").expect("read /proc").flatten();
-    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| {
-        let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-        ["serve-for-parent", "dump-threads"]
-            .iter()
-            .any(|role| line.windows(role.len()).any(|part| part == role.as_bytes()))
-    })
-    .collect()
 }
 
 impl Ended {
@@ -237,18 +208,25 @@ fn a_worker_that_never_comes_back() {
     ended.waits("the workers wait for: ", 2.0);
 }
 
-fn a_server_that_was_stopped() {
-    let run = Run::start("--stall 3s --duration 50s");
-    let deadline = Instant::now() + UNTIL;
-    while ids().is_empty() {
-        assert!(Instant::now() < deadline, "no device");
-        std::thread::sleep(Duration::from_millis(20));
+/// Everything is done and right by then, and it is a hang all the same.
+fn a_server_that_does_not_end() {
+    let before = ids();
+    verdict("torture --seed 3 --size 16M --faults none --hang end --ops 400 --deadline 9s", 3);
+    let settled = Instant::now() + Duration::from_secs(5);
+    while ids() != before {
+        assert!(Instant::now() < settled, "a device is left: {:?}", ids());
+        std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+fn a_server_that_was_stopped() {
+    let mut run = Run::start("--stall 3s --duration 50s");
+    run.underway.device();
     // Well into its work.
     std::thread::sleep(Duration::from_secs(1));
     let stopped = Instant::now();
-    for server in processes() {
-        kill(Pid::from_raw(server), Signal::SIGSTOP).expect("stop");
+    for server in run.underway.servers() {
+        kill(Pid::from_raw(server as i32), Signal::SIGSTOP).expect("stop");
     }
     let ended = run.hangs(Since::Then(stopped), SECONDS_3);
     // By whoever gives up first.

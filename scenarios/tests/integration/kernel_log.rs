@@ -1,12 +1,11 @@
 //! What the kernel says while a scenario runs is part of its verdict.
 
 use std::io::Write as _;
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::runner::{PLANTED, cases, ids};
+use super::runner::{PLANTED, cases};
+use super::scenarios::Underway;
 
 cases!("kernel_log":
     a_warning_of_the_kernel_fails_a_run in 60 s,
@@ -19,16 +18,11 @@ fn say(text: &str) {
     log.write_all(format!("{text}\n").as_bytes()).expect("write");
 }
 
-fn start(arguments: &str, report: &std::path::Path) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
-        .args(["torture", "--seed", "4", "--size", "16M"])
-        .args(arguments.split_whitespace())
-        .arg("--report")
-        .arg(report)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("run ublk-torture")
+fn start(arguments: &str, report: &std::path::Path) -> Underway {
+    let mut all = vec!["torture", "--seed", "4", "--size", "16M"];
+    all.extend(arguments.split_whitespace());
+    all.extend(["--report", report.to_str().expect("a path")]);
+    Underway::start(&all)
 }
 
 fn events(report: &std::path::Path) -> Vec<Value> {
@@ -41,15 +35,10 @@ fn a_warning_of_the_kernel_fails_a_run() {
     // What was said before a run is no concern of its own.
     say(&warning);
     let report = tempfile::tempdir().expect("a directory");
-    let before = ids();
     let mut run = start("--duration 3s", report.path());
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while ids() == before {
-        assert!(Instant::now() < deadline, "no device");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    run.device();
     say(&warning);
-    assert_eq!(run.wait().expect("wait").code(), Some(2));
+    assert_eq!(run.wait().code(), Some(2));
     let events = events(report.path());
     let findings: Vec<_> = events.iter().filter(|event| event["event"] == "finding").collect();
     assert_eq!(findings.len(), 1, "one, and not the one from before: {findings:?}");
@@ -63,7 +52,7 @@ fn a_warning_of_the_kernel_fails_a_run() {
 fn a_quiet_kernel_is_evidence() {
     let report = tempfile::tempdir().expect("a directory");
     // So short a run may have done too little to be a pass; the kernel was listened to all the same.
-    let code = start("--ops 200 --faults none", report.path()).wait().expect("wait").code();
+    let code = start("--ops 200 --faults none", report.path()).wait().code();
     assert!(matches!(code, Some(0 | 5)), "{code:?}");
     let events = events(report.path());
     let verdict = events.last().expect("a verdict");

@@ -2,7 +2,6 @@
 
 use std::any::Any;
 use std::collections::BTreeSet;
-use std::fmt::Write as _;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
@@ -16,6 +15,7 @@ use ublk_torture::gates::{Gate, KernelVersion};
 use ublk_torture::kernel_log::KernelLog;
 use ublkit::Controller;
 use ublkit_harness::kernel_log::complaints;
+use ublkit_harness::threads::stacks;
 
 use super::notes;
 
@@ -120,7 +120,7 @@ fn run(case: &Case) -> Result<(), Failed> {
             let _ = thread.join();
             result.err().map(|payload| message_of(&*payload)).into_iter().collect()
         }
-        Err(_) => vec![format!("not done within {:?}:\n{}", case.deadline, stacks())],
+        Err(_) => vec![format!("not done within {:?}:\n{}", case.deadline, stacks(std::process::id()))],
     };
     problems.extend(before.left_behind());
     problems.extend(kernel_complaints(&mut log));
@@ -142,16 +142,6 @@ fn lock_path() -> PathBuf {
 fn lock() -> io::Result<Flock<File>> {
     let file = OpenOptions::new().create(true).truncate(false).write(true).open(lock_path())?;
     Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno.into())
-}
-
-/// Every thread of this process: name, kernel stack and what it waits for.
-fn stacks() -> String {
-    let mut text = String::new();
-    for task in entries("/proc/self/task") {
-        let read = |name: &str| fs::read_to_string(task.join(name)).unwrap_or_default();
-        let _ = writeln!(text, "{} {} {}\n{}", task.display(), read("comm").trim(), read("wchan"), read("stack"));
-    }
-    text
 }
 
 fn entries(path: &str) -> Vec<PathBuf> {

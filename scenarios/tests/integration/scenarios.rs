@@ -1,13 +1,16 @@
 //! The scenarios of `ublk-torture` as its users run them: what they say of a sound server, and of one that is not.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use ublkit::ctrl::block_path;
+use ublkit_harness::threads::Stat;
 
-use super::runner::cases;
+use super::runner::{cases, ids};
 
 cases!("scenarios":
     torture_passes_copied_by_the_driver_inline in 60 s,
@@ -92,94 +95,156 @@ fn torture_names_a_flipped_bit() {
     names("torture --seed 5 --duration 30s --size 16M --mutant bitflip-read:30", "bit_flip");
 }
 
-/// A run that is under way, with its device there. Killed with whatever it started if the trial fails.
-struct Underway {
+/// A run that is under way. Killed with whatever it started, and nothing else is, if the trial fails.
+pub(crate) struct Underway {
     child: Child,
-    id: u32,
-    server: i32,
+    /// The devices that were there before.
+    before: BTreeSet<u32>,
+    /// What it has started, and what that has: each with its time of birth, for numbers are used again.
+    family: BTreeMap<u32, u64>,
 }
 
 impl Underway {
-    fn start() -> Self {
-        let before = ids();
-        let child = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
-            .args(["torture", "--seed", "6", "--duration", "50s", "--size", "16M"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .expect("run ublk-torture");
-        let new = || ids().into_iter().find(|id| !before.contains(id) && block_path(*id).exists());
-        let id = wait_for("the device of a run", new);
-        // Well into its work.
-        std::thread::sleep(Duration::from_secs(1));
-        let children = std::fs::read_to_string(format!("/proc/{0}/task/{0}/children", child.id())).expect("read");
-        let server = children.split_whitespace().next().expect("a server process").parse().expect("a pid");
-        Self { child, id, server }
+    /// Runs `ublk-torture` with these arguments.
+    pub(crate) fn start(arguments: &[&str]) -> Self {
+        Self::of(Command::new(env!("CARGO_BIN_EXE_ublk-torture")).args(arguments).stderr(Stdio::null()))
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn of(command: &mut Command) -> Self {
+        let before = ids();
+        let child = command.stdout(Stdio::null()).spawn().expect("run ublk-torture");
+        Self { child, before, family: BTreeMap::new() }
+    }
+
+    /// Waits for its first device.
+    pub(crate) fn device(&mut self) -> u32 {
+        let id = wait_for("the device of a run", || ids().difference(&self.before).next().copied());
+        self.look();
+        id
+    }
+
+    /// The devices that were not there before.
+    pub(crate) fn devices(&self) -> Vec<u32> {
+        ids().difference(&self.before).copied().collect()
+    }
+
+    /// The processes that it has started.
+    pub(crate) fn servers(&mut self) -> Vec<u32> {
+        self.look();
+        children(self.child.id())
+    }
+
+    /// Those that it has started, and that live on.
+    pub(crate) fn left(&self) -> Vec<u32> {
+        self.family.iter().filter(|(pid, born)| birth(**pid) == Some(**born)).map(|(pid, _)| *pid).collect()
+    }
+
+    /// Takes down who is there now: once the run has ended, nobody knows whose they were.
+    fn look(&mut self) {
+        let mut found = vec![self.child.id()];
+        while let Some(pid) = found.pop() {
+            for child in children(pid) {
+                if let Some(born) = birth(child) {
+                    self.family.insert(child, born);
+                }
+                found.push(child);
+            }
+        }
+    }
+
+    pub(crate) fn signal(&mut self, signal: Signal) {
+        self.look();
         kill(Pid::from_raw(self.child.id() as i32), signal).expect("kill");
     }
 
-    fn wait(&mut self) -> ExitStatus {
-        wait_for("the end of a run", || self.child.try_wait().expect("wait"))
+    /// Its status, if it has ended.
+    pub(crate) fn ended(&mut self) -> Option<ExitStatus> {
+        self.look();
+        self.child.try_wait().expect("wait")
+    }
+
+    pub(crate) fn wait(&mut self) -> ExitStatus {
+        wait_within(Duration::from_secs(45), "the end of a run", || self.ended())
     }
 }
 
 impl Drop for Underway {
     fn drop(&mut self) {
-        // Both have ended where the trial passes.
+        // All have ended where the trial passes.
+        self.look();
         let _ = self.child.kill();
         let _ = self.child.wait();
-        let _ = kill(Pid::from_raw(self.server), Signal::SIGKILL);
+        for pid in self.left() {
+            let _ = kill(Pid::from_raw(pid as i32), Signal::SIGKILL);
+        }
     }
 }
 
-pub(crate) fn wait_for<T>(what: &str, mut there: impl FnMut() -> Option<T>) -> T {
-    let deadline = Instant::now() + Duration::from_secs(20);
+/// The children of a process, whichever of its threads has started them.
+fn children(pid: u32) -> Vec<u32> {
+    let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let lists = tasks.flatten().filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists.flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+}
+
+/// When a process began, if it lives.
+fn birth(pid: u32) -> Option<u64> {
+    let stat = Stat::read(Path::new(&format!("/proc/{pid}")))?;
+    (!stat.is_gone()).then_some(stat.start_time)
+}
+
+pub(crate) fn wait_for<T>(what: &str, there: impl FnMut() -> Option<T>) -> T {
+    wait_within(Duration::from_secs(20), what, there)
+}
+
+fn wait_within<T>(limit: Duration, what: &str, mut there: impl FnMut() -> Option<T>) -> T {
+    let deadline = Instant::now() + limit;
     loop {
         if let Some(found) = there() {
             return found;
         }
-        assert!(Instant::now() < deadline, "{what} did not come within 20 s");
+        assert!(Instant::now() < deadline, "{what} did not come within {limit:?}");
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// The ids of all ublk devices.
-fn ids() -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir("/sys/class/ublk-char") else { return Vec::new() };
-    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
-    names.filter_map(|name| name.strip_prefix("ublkc")?.parse().ok()).collect()
+/// Torture on a device, well into its work: the run, and the id.
+fn torture() -> (Underway, u32) {
+    let mut run = Underway::start(&["torture", "--seed", "6", "--duration", "50s", "--size", "16M"]);
+    let id = run.device();
+    wait_for("the disk of a run", || block_path(id).exists().then_some(()));
+    std::thread::sleep(Duration::from_secs(1));
+    (run, id)
 }
 
 fn an_interrupted_run_leaves_no_device() {
-    let mut run = Underway::start();
+    let (mut run, id) = torture();
     run.signal(Signal::SIGINT);
     let status = run.wait();
     // Judged by the work it had done: a pass or vacuous.
     assert!(matches!(status.code(), Some(0 | 5)), "{status}");
-    assert!(!ids().contains(&run.id) && !block_path(run.id).exists());
+    assert!(!ids().contains(&id) && !block_path(id).exists());
 }
 
 fn a_killed_run_leaves_no_device() {
-    let mut run = Underway::start();
+    let (mut run, id) = torture();
     run.signal(Signal::SIGKILL);
     run.wait();
     // Its server notices, closes the device, and ends.
-    wait_for("the end of the device", || (!ids().contains(&run.id)).then_some(()));
+    wait_for("the end of the device", || (!ids().contains(&id)).then_some(()));
 }
 
 fn a_run_killed_with_its_server_is_cleaned_up_by_the_next() {
-    let mut run = Underway::start();
+    let (mut run, id) = torture();
     let device = ublkit::Device::builder(ublkit::backends::Memory::new(1 << 20)).start().expect("start a bystander");
     let bystander = device.id();
-    kill(Pid::from_raw(run.server), Signal::SIGKILL).expect("kill");
+    let [server] = run.servers()[..] else { panic!("one server") };
+    kill(Pid::from_raw(server as i32), Signal::SIGKILL).expect("kill");
     run.signal(Signal::SIGKILL);
     run.wait();
-    assert!(ids().contains(&run.id), "a killed server leaves a dead device");
+    assert!(ids().contains(&id), "a killed server leaves a dead device");
     passes("torture --seed 7 --ops 400 --size 16M");
-    assert!(!ids().contains(&run.id), "the next run deletes what the killed one left");
+    assert!(!ids().contains(&id), "the next run deletes what the killed one left");
     assert!(ids().contains(&bystander), "and nothing else");
     device.close().expect("close");
 }

@@ -1,13 +1,11 @@
 //! `stress` as its users run it: sound devices pass, each planted bug is found, and nothing is left however it ends.
 
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-use super::runner::{cases, ids};
-use super::scenarios::{run, verdict, wait_for};
+use super::runner::cases;
+use super::scenarios::{Underway, run, verdict, wait_for};
 
 cases!("stress":
     churn_passes_and_says_where_the_time_goes in 90 s,
@@ -118,24 +116,17 @@ fn a_holder_that_is_dealt_with_badly_is_found() {
 
 /// A run that has made its first devices is sent a signal; nothing of it is left.
 fn ended_by(signal: Signal, arguments: &[&str]) {
-    let before = ids();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
-        .arg("stress")
-        .args(arguments)
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("run ublk-torture");
-    wait_for("a device of a run", || ids().difference(&before).next().copied());
+    let mut run = Underway::start(&[&["stress"], arguments].concat());
+    run.device();
     std::thread::sleep(Duration::from_millis(300));
-    kill(Pid::from_raw(child.id() as i32), signal).expect("kill");
-    let status = wait_for("the end of a run", || child.try_wait().expect("wait"));
+    run.signal(signal);
+    let status = run.wait();
     if signal == Signal::SIGINT {
         // Judged by the work it had done: a pass or vacuous.
         assert!(matches!(status.code(), Some(0 | 5)), "{status}");
-        assert!(ids().is_subset(&before), "{:?}", ids());
+        assert!(run.devices().is_empty(), "{:?}", run.devices());
     }
-    wait_for("the end of the devices", || ids().is_subset(&before).then_some(()));
+    wait_for("the end of the devices", || run.devices().is_empty().then_some(()));
 }
 
 fn an_interrupted_stress_leaves_nothing() {

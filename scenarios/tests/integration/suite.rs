@@ -2,14 +2,14 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::{Command, Output};
+use std::time::Duration;
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use super::runner::{cases, ids};
+use super::runner::cases;
+use super::scenarios::Underway;
 
 cases!("suite":
     a_suite_passes_and_reports_each_part in 170 s,
@@ -66,21 +66,14 @@ fn a_soak_of_one_round_catches_its_canary() {
 
 fn an_interrupted_soak_leaves_nothing() {
     let reports = tempfile::tempdir().expect("a directory");
-    let before = ids();
-    let mut child = command(&["soak", "--seed", "2", "--duration", "1h", "--only", "torture"], reports.path())
-        .stdout(Stdio::null())
-        .spawn()
-        .expect("run");
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while ids() == before {
-        assert!(Instant::now() < deadline, "no device came within 20 s");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+    let arguments = ["soak", "--seed", "2", "--duration", "1h", "--only", "torture"];
+    let mut run = Underway::of(&mut command(&arguments, reports.path()));
+    run.device();
     std::thread::sleep(Duration::from_secs(1));
-    kill(Pid::from_raw(child.id() as i32), Signal::SIGINT).expect("kill");
+    run.signal(Signal::SIGINT);
     // No whole round: it says nothing.
-    assert_eq!(child.wait().expect("wait").code(), Some(5));
-    assert_eq!(ids(), before);
+    assert_eq!(run.wait().code(), Some(5));
+    assert_eq!((run.devices(), run.left()), (vec![], vec![]));
     let events = fs::read_to_string(reports.path().join("events.jsonl")).expect("a report");
     assert!(events.lines().last().is_some_and(|line| line.contains("\"vacuous\"")), "{events}");
 }

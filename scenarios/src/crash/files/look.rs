@@ -1,17 +1,14 @@
 //! What a power cut left of a file system, held against what was promised.
 
-use std::fs::{self, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
 use std::path::Path;
-
-use nix::libc;
 
 use super::content::Content;
 use super::model::{Directory, Judged, Names, Wrong};
 use super::worker::{Place, file_name};
 use super::{Kind, tool};
 use crate::context::Context;
+use crate::kernel_log::KernelLog;
 use crate::probe::filesystem::Mounted;
 use crate::probe::power::needs_replay;
 use crate::scenario::Failure;
@@ -25,14 +22,15 @@ pub(super) fn at(
     marks: Content,
     target: &Target,
 ) -> Result<(), Failure> {
-    let log = KernelLog::from_here();
+    // Where it may not be read, there is nothing to see.
+    let log = KernelLog::from_here().ok();
     let mut superblock = vec![0; 4096];
     target.storage().read_at(&mut superblock, 0)?;
     let mounted = Mounted::mount_as(context, &target.path(), kind.kernel_name, kind.mount_options)?;
     let replayed = match kind.kernel_name {
         "ext4" => needs_replay(&superblock),
         // Its superblock does not say; the kernel's log does.
-        _ => log.is_some_and(|log| log.says(&target.path(), "Starting recovery")),
+        _ => log.is_some_and(|log| says(log, &target.path(), "Starting recovery")),
     };
     context.evidence().add("journals_replayed", replayed.into());
     let compared =
@@ -117,27 +115,8 @@ fn broke(who: &str, Wrong { what, detail }: Wrong) -> Failure {
     Failure::broke_with("durable", format!("{who}: {what}"), detail)
 }
 
-/// The kernel's log, from some moment on.
-struct KernelLog(fs::File);
-
-impl KernelLog {
-    fn from_here() -> Option<Self> {
-        let mut log = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open("/dev/kmsg").ok()?;
-        log.seek(SeekFrom::End(0)).ok()?;
-        Some(Self(log))
-    }
-
-    /// Whether a line of it has both the name of a device and some text.
-    fn says(mut self, device: &Path, text: &str) -> bool {
-        let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        let mut record = [0; 8192];
-        // One record each, until there are no more.
-        while let Ok(len @ 1..) = self.0.read(&mut record) {
-            let line = String::from_utf8_lossy(&record[..len]);
-            if line.contains(text) && line.contains(&name) {
-                return true;
-            }
-        }
-        false
-    }
+/// Whether a line of the kernel's has both the name of a device and some text.
+fn says(mut log: KernelLog, device: &Path, text: &str) -> bool {
+    let name = device.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    log.read().iter().any(|record| record.text.contains(text) && record.text.contains(&name))
 }

@@ -84,9 +84,12 @@ fn one_round(args: &Args, context: &mut Context, stressed: &mut Stressed, round:
         stop_ms: 30_000,
         plant: args.plant,
     };
-    // Where a request is forgotten, the server gives it up after this.
-    let stop_ms = if args.plant == Some(Bug::ForgottenRequest) { 4_000 } else { shape.stop_ms };
-    let id = stressed.start_device(context, round, Shape { stop_ms, ..shape })?;
+    // Where a request is forgotten, the server gives it up after this, and then those who wait for it and hold the device.
+    let shape = match args.plant {
+        Some(Bug::ForgottenRequest) => Shape { stop_ms: 4_000, delete_ms: 1_000, ..shape },
+        _ => shape,
+    };
+    let id = stressed.start_device(context, round, shape)?;
     let path = block_path(id);
     let pattern = Arc::new(Pattern::new(seed, id));
     let foreign: Arc<[Pattern]> = Arc::new([]);

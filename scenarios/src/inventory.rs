@@ -39,17 +39,23 @@ impl Inventory {
     pub(crate) fn surplus_after_settling(&self) -> Vec<String> {
         let patience = Instant::now() + SETTLE;
         loop {
-            let now = Self::take();
-            let mut left = surplus("descriptor", &self.descriptors, &now.descriptors);
-            // A thread gives itself its name, some time after it was started.
-            let new = |thread: &(&String, &String)| !self.threads.contains_key(thread.0);
-            left.extend(now.threads.iter().filter(new).map(|(id, name)| format!("thread {id}: {name}")));
-            left.extend(surplus("mount", &self.mounts, &now.mounts));
+            let left = self.surplus_now();
             if left.is_empty() || Instant::now() > patience {
                 return left;
             }
             std::thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// What there is more than when this was taken, as lines, what is on its way out among it.
+    pub(crate) fn surplus_now(&self) -> Vec<String> {
+        let now = Self::take();
+        let mut left = surplus("descriptor", &self.descriptors, &now.descriptors);
+        // A thread gives itself its name, some time after it was started.
+        let new = |thread: &(&String, &String)| !self.threads.contains_key(thread.0);
+        left.extend(now.threads.iter().filter(new).map(|(id, name)| format!("thread {id}: {name}")));
+        left.extend(surplus("mount", &self.mounts, &now.mounts));
+        left
     }
 }
 

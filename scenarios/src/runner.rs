@@ -326,7 +326,8 @@ impl Complaints {
     }
 }
 
-fn no_thread(error: &io::Error) -> Failure {
+/// A thread that the machine does not give.
+pub(crate) fn no_thread(error: &io::Error) -> Failure {
     Failure::Environment(format!("failed to start a thread: {error}"))
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Each kind of it runs a process whose devices are stressed (`worker`) beside this one, which looks on, loads the
 //! devices where that is asked for, and judges. Every kind ends with an account of ids, descriptors,
-//! maps, threads and memory of that process, and of the kernel's memory.
+//! maps, threads and memory of that process; the kernel's own memory is judged where enough is done to tell, in `churn`.
 
 mod churn;
 mod closing;
@@ -10,6 +10,7 @@ mod concurrent;
 mod crowd;
 mod cycle;
 mod disk;
+mod extent;
 mod held;
 mod load;
 mod protocol;
@@ -22,6 +23,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
+use self::extent::Extent;
 use self::protocol::Plant as Bug;
 pub(crate) use self::worker::{ARGUMENT, main as worker_main};
 use crate::cli::CommonArgs;
@@ -121,9 +123,24 @@ enum Kind {
     Many,
     /// Close while somebody holds the device open, or has it mounted
     Held,
-    /// All of these
+    /// All of these; they share the time of --duration
     All,
 }
+
+impl Kind {
+    /// What is done without being asked for anything else: cycles or rounds.
+    fn usual(self) -> u64 {
+        match self {
+            Self::Churn => 300,
+            Self::IoWhileClose | Self::ConcurrentClose => 5,
+            Self::Many | Self::All => 1,
+            Self::Held => 3,
+        }
+    }
+}
+
+/// Each by itself.
+const KINDS: [Kind; 5] = [Kind::Churn, Kind::IoWhileClose, Kind::ConcurrentClose, Kind::Many, Kind::Held];
 
 /// The arguments of `stress`, and so the scenario.
 #[derive(Clone, Debug, clap::Args)]
@@ -136,15 +153,16 @@ pub struct Args {
     /// The same, by name; it wins
     #[arg(long, value_enum, value_name = "KIND", hide = true)]
     kind: Option<Kind>,
-    /// How many cycles to churn
-    #[arg(long, value_name = "N", default_value_t = 300, overrides_with = "cycles")]
-    cycles: u64,
-    /// How many devices at once, for `many`; 500 take some 100 MiB
-    #[arg(long, value_name = "N", default_value_t = 64, overrides_with = "devices")]
-    devices: u32,
-    /// How often to close, for `io-while-close`, `concurrent-close` and `held`
-    #[arg(long, value_name = "N", default_value_t = 5, overrides_with = "rounds")]
-    rounds: u32,
+    /// How many cycles to churn, at most; with --duration alone, until that is over [default: 300]
+    #[arg(long, value_name = "N", overrides_with = "cycles")]
+    cycles: Option<u64>,
+    /// How many devices at once, for `many`; 500 take some 100 MiB [default: 64]
+    #[arg(long, value_name = "N", overrides_with = "devices")]
+    devices: Option<u32>,
+    /// How often to do it, at most, all kinds but `churn`; with --duration alone, until that is over [default: 5 for
+    /// `io-while-close` and `concurrent-close`, 1 for `many`, 3 for `held`]
+    #[arg(long, value_name = "N", overrides_with = "rounds")]
+    rounds: Option<u32>,
     /// Fail if our own code takes more than a tenth of a cycle: for a run in which times mean something
     #[arg(long)]
     measure: bool,
@@ -163,6 +181,54 @@ impl Args {
 
     fn does(&self, kind: Kind) -> bool {
         self.kind() == kind || self.kind() == Kind::All
+    }
+
+    /// Whether options for this kind are of use. Where the kind is given by name, they may be those of the run that it replaces.
+    fn takes(&self, kind: Kind) -> bool {
+        self.does(kind) || self.what == Some(kind)
+    }
+
+    fn devices(&self) -> u32 {
+        self.devices.unwrap_or(64)
+    }
+
+    /// How much of one kind is done: its share of the time is that of each.
+    fn extent(&self, kind: Kind, duration: Option<Duration>) -> Extent {
+        let asked = if kind == Kind::Churn { self.cycles } else { self.rounds.map(u64::from) };
+        let kinds = KINDS.iter().filter(|kind| self.does(**kind)).count() as u32;
+        Extent::new(asked, kind.usual(), duration.map(|duration| duration / kinds.max(1)))
+    }
+
+    /// Refuses an option that is given and says nothing to what is done.
+    fn refuse_unused(&self) -> Result<(), Failure> {
+        let name = |value: &dyn Fn() -> Option<clap::builder::PossibleValue>| {
+            value().map(|value| value.get_name().to_owned()).unwrap_or_default()
+        };
+        let kind = name(&|| self.kind().to_possible_value());
+        let unused = |option: &str, of: &[Kind]| {
+            let of: Vec<String> = of.iter().map(|kind| name(&|| kind.to_possible_value())).collect();
+            Err(Failure::Usage(format!("{option} says nothing to stress {kind}: it is for {}", of.join(", "))))
+        };
+        let churn_only = [
+            ("--cycles", self.cycles.is_some()),
+            ("--measure", self.measure),
+            ("--cycle-limit", self.cycle_limit.is_some()),
+        ];
+        if let Some((option, _)) = churn_only.iter().find(|(_, given)| *given && !self.takes(Kind::Churn)) {
+            return unused(option, &[Kind::Churn]);
+        }
+        if self.devices.is_some() && !self.takes(Kind::Many) {
+            return unused("--devices", &[Kind::Many]);
+        }
+        if self.rounds.is_some() && !KINDS[1..].iter().any(|kind| self.takes(*kind)) {
+            return unused("--rounds", &KINDS[1..]);
+        }
+        match self.plant {
+            Some(plant) if !plant.kinds().iter().any(|kind| self.does(*kind)) => {
+                unused(&format!("--plant {}", name(&|| plant.to_possible_value())), plant.kinds())
+            }
+            _ => Ok(()),
+        }
     }
 }
 
@@ -192,18 +258,18 @@ impl Scenario for Args {
     }
 
     fn validate(&self) -> Result<(), Failure> {
-        if self.cycles == 0 || self.rounds == 0 {
+        if self.cycles == Some(0) || self.rounds == Some(0) {
             return Err(Failure::Usage("--cycles and --rounds are at least 1".to_owned()));
         }
-        if !(2..=4096).contains(&self.devices) {
-            return Err(Failure::Usage(format!("--devices {}: choose 2 to 4096", self.devices)));
+        if !(2..=4096).contains(&self.devices()) {
+            return Err(Failure::Usage(format!("--devices {}: choose 2 to 4096", self.devices())));
         }
         if self.common.ops.is_some() {
             return Err(Failure::Usage(
-                "--ops says nothing to stress: use --cycles, --rounds or --devices".to_owned(),
+                "--ops says nothing to stress: use --cycles, --rounds, --devices or --duration".to_owned(),
             ));
         }
-        Ok(())
+        self.refuse_unused()
     }
 
     fn run(&self, context: &mut Context) -> Result<(), Failure> {
@@ -231,7 +297,8 @@ impl Scenario for Args {
 fn run_concurrent(args: &Args, context: &mut Context) -> Result<(), Failure> {
     const DEVICES: u32 = 4;
     const CALLERS: u32 = 4;
-    let rounds = u64::from(args.rounds);
+    let extent = args.extent(Kind::ConcurrentClose, context.duration());
+    let rounds = extent.least(1);
     for (name, minimum) in [
         ("concurrent_closes", rounds * u64::from(DEVICES)),
         ("concurrent_callers", rounds * u64::from(DEVICES * CALLERS)),
@@ -239,12 +306,12 @@ fn run_concurrent(args: &Args, context: &mut Context) -> Result<(), Failure> {
     ] {
         context.evidence().require(name, minimum);
     }
-    let limit = Duration::from_secs(120 + 60 * rounds);
+    let limit = Duration::from_secs(120) + extent.limit(Duration::from_secs(60));
     context.step("close from many threads", limit, |context| {
         let mut stressed = stressed::Stressed::start("close from many threads")?;
         let first = stressed.sample(context, 0)?;
         stressed.order(&protocol::Order::Concurrently(protocol::ConcurrentOrder {
-            rounds: args.rounds,
+            extent,
             devices: DEVICES,
             callers: CALLERS,
             seed: context.seed().derive("concurrent", 0),
@@ -295,4 +362,73 @@ fn account(
     let ids = stressed.end(context)?;
     context.evidence().add("ids_free_again", ids);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, FromArgMatches as _};
+
+    use super::*;
+
+    const S: Duration = Duration::from_secs(1);
+
+    fn args(line: &str) -> Args {
+        let command = Args::augment_args(clap::Command::new("stress").no_binary_name(true));
+        let matches = command.try_get_matches_from(line.split_whitespace()).expect("parses");
+        Args::from_arg_matches(&matches).expect("arguments")
+    }
+
+    #[test]
+    fn a_duration_is_that_of_each_kind_and_shared_by_all() {
+        for kind in KINDS {
+            let name = kind.to_possible_value().expect("a value").get_name().to_owned();
+            let alone = args(&name);
+            assert_eq!(alone.extent(kind, None), Extent::new(Some(kind.usual()), 0, None), "{name}");
+            let extent = alone.extent(kind, Some(10 * S));
+            assert!(!extent.is_over(1_000_000, 9 * S) && extent.is_over(1, 10 * S), "{name}");
+            let extent = args("").extent(kind, Some(10 * S));
+            assert!(!extent.is_over(1_000_000, S) && extent.is_over(1, 2 * S), "{name}, one of five");
+        }
+        let both = args("held --rounds 7").extent(Kind::Held, Some(10 * S));
+        assert!(both.is_over(7, S) && !both.is_over(6, S) && both.is_over(1, 10 * S));
+        assert_eq!(args("churn --cycles 7").extent(Kind::Churn, None).exactly(), Some(7));
+    }
+
+    #[test]
+    fn what_cannot_be_used_is_refused() {
+        for wrong in [
+            "--ops 7",
+            "--cycles 0",
+            "--rounds 0",
+            "many --devices 1",
+            "held --cycles 7",
+            "many --measure",
+            "many --cycle-limit 3s",
+            "churn --devices 7",
+            "churn --rounds 7",
+            "churn --plant cross-talk",
+            "held --plant leaked-map",
+        ] {
+            assert!(matches!(args(wrong).validate(), Err(Failure::Usage(_))), "{wrong}");
+        }
+        for right in
+            ["", "--cycles 7 --rounds 7 --devices 7 --measure", "many --rounds 7", "io-while-close --rounds 7"]
+        {
+            assert!(args(right).validate().is_ok(), "{right}");
+        }
+    }
+
+    #[test]
+    fn each_bug_can_be_planted_in_each_short_run() {
+        for plant in PLANTS {
+            for short in ENTRY.short {
+                let line = [*short, plant.arguments].concat().join(" ");
+                let parsed = args(&line);
+                assert!(parsed.validate().is_ok(), "{line}");
+                let value = parsed.plant.and_then(|plant| plant.to_possible_value()).expect("a plant");
+                assert_eq!(value.get_name(), plant.name);
+            }
+        }
+        assert_eq!(PLANTS.len(), Bug::value_variants().len());
+    }
 }

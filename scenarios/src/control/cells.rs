@@ -114,15 +114,17 @@ impl Lab {
                     }
                     other => other,
                 };
-                Ok(match reply {
-                    Reply::Pending if expected == Expected::Ok => Outcome::Right,
-                    Reply::Pending => Outcome::Wrong("accepted".to_owned()),
-                    Reply::Result(result) => judge(expected, result),
-                })
+                match reply {
+                    Reply::Pending if expected == Expected::Ok => Ok(Outcome::Right),
+                    Reply::Pending => Ok(Outcome::Wrong("accepted".to_owned())),
+                    Reply::Result(result) => Ok(judge(expected, result)),
+                    Reply::Lacking(what) => Err(Failure::Environment(what)),
+                }
             }
             Action::Map(offset, len, writable) => match rig.server()?.call(&Call::Map(offset, len, writable))? {
                 Reply::Result(result) => Ok(judge(expected, result)),
                 Reply::Pending => Err(Failure::Internal("a mapping has no result".to_owned())),
+                Reply::Lacking(what) => Err(Failure::Environment(what)),
             },
         }
     }

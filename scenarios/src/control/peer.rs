@@ -53,6 +53,7 @@ impl Peer {
     pub(super) fn done(&mut self, call: &Call) -> Result<i32, Failure> {
         match self.call(call)? {
             Reply::Result(result) if result >= 0 => Ok(result),
+            Reply::Lacking(what) => Err(Failure::Environment(what)),
             other => Err(Failure::broke("control", format!("{call:?} gives {other:?}"))),
         }
     }

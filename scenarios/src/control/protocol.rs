@@ -69,6 +69,8 @@ pub(super) enum Reply {
     Result(i32),
     /// It has no answer yet.
     Pending,
+    /// The machine did not give what it takes, such as a thread: this says nothing of the driver.
+    Lacking(String),
 }
 
 impl Word for Reply {}

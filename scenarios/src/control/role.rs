@@ -75,7 +75,12 @@ impl Holder {
             Call::Open(id) => {
                 let file = OpenOptions::new().read(true).write(true).open(character_path(id))?;
                 let file = Arc::new(file);
-                self.rings = vec![Ring::start(&file), Ring::start(&file)];
+                // One that was started ends with its sender.
+                let rings = Ring::start(&file).and_then(|ring| Ok(vec![ring, Ring::start(&file)?]));
+                match rings {
+                    Ok(rings) => self.rings = rings,
+                    Err(error) => return Ok(lacks_thread(&error)),
+                }
                 self.device = Some(file);
             }
             Call::Close => {
@@ -111,13 +116,16 @@ impl Holder {
             Call::Read(id) => {
                 let file = OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(block_path(id))?;
                 let (done, reading) = mpsc::channel();
-                thread::spawn(move || {
+                let read = move || {
                     let mut buf = AlignedBuf::zeroed(4096);
                     let result = file.read_at(&mut buf, HELD_SECTOR * 512);
                     // Closed before it is told: who is told may look for openers.
                     drop(file);
                     let _ = done.send(result.map_or_else(|error| -errno(&error), |len| len as i32));
-                });
+                };
+                if let Err(error) = thread::Builder::new().name("read".to_owned()).spawn(read) {
+                    return Ok(lacks_thread(&error));
+                }
                 self.reading = Some(reading);
             }
             Call::HasRead { patience_ms } => {
@@ -143,15 +151,20 @@ fn gone() -> io::Error {
     io::Error::from_raw_os_error(libc::ENOMSG)
 }
 
+/// No errno of the driver's either, and nothing that the harness could help.
+fn lacks_thread(error: &io::Error) -> Reply {
+    Reply::Lacking(crate::runner::no_thread(error).to_string())
+}
+
 impl Ring {
-    fn start(device: &Arc<File>) -> Self {
+    fn start(device: &Arc<File>) -> io::Result<Self> {
         let device = Arc::clone(device);
         let (messages, told) = mpsc::channel();
-        let thread = thread::spawn(move || {
+        let thread = thread::Builder::new().name("ring".to_owned()).spawn(move || {
             // Nobody is left to tell: whoever asks next sees that this end is gone.
             let _ = Queue::new(device).and_then(|mut queue| queue.run(&told));
-        });
-        Self { messages, thread }
+        })?;
+        Ok(Self { messages, thread })
     }
 }
 

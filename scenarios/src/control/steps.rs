@@ -127,6 +127,7 @@ impl Lab {
                 rig.client()?.done(&Call::Read(id))?;
                 match rig.server()?.call(&Call::Held { patience_ms: 20_000 })? {
                     Reply::Result(tag) => rig.held = Some(tag as u16),
+                    Reply::Lacking(what) => return Err(Failure::Environment(what)),
                     Reply::Pending => {
                         return Err(Failure::Hang(format!("a read does not reach the server\n{}", rig.stacks())));
                     }
@@ -222,6 +223,7 @@ impl Lab {
         let busy = Reply::Result(-(Errno::EBUSY as i32));
         self.until("the character device can be opened", |_| match server.call(&Call::Open(id))? {
             Reply::Result(0) => Ok(true),
+            Reply::Lacking(what) => Err(Failure::Environment(what)),
             other if other == busy => Ok(false),
             // udev has not made the node yet.
             Reply::Result(result) if result == -(Errno::ENOENT as i32) => Ok(false),
@@ -248,6 +250,7 @@ impl Lab {
         let call = Call::Io { io: about(ublk::IO_FETCH_REQ, 0, tag), patience_ms: 0, elsewhere: false };
         match rig.server()?.call(&call)? {
             Reply::Pending => Ok(()),
+            Reply::Lacking(what) => Err(Failure::Environment(what)),
             Reply::Result(result) => {
                 Err(Failure::broke("control", format!("FETCH of tag {tag} gives {}", named(result))))
             }

@@ -114,7 +114,7 @@ pub(crate) fn make(context: &mut Context, target: &Target) -> Result<(), Failure
 }
 
 /// Makes an ext4 on a device.
-pub(super) fn mkfs(path: &Path) -> Result<(), Failure> {
+pub(crate) fn mkfs(path: &Path) -> Result<(), Failure> {
     // Nothing may be left for the kernel to do in the background, or its writes would pass for ours.
     let lazy = "lazy_itable_init=0,lazy_journal_init=0";
     run("mkfs.ext4", &["-q", "-F", "-b", "4096", "-E", lazy, &path.display().to_string()])

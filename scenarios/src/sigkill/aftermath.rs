@@ -65,10 +65,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn this_process_has_memory_and_nobody_is_stuck_for_long() {
-        assert!(resident_kib() > 0);
-        assert!(waits(Path::new("/proc/self/task/0")).is_none());
-        let own = PathBuf::from("/proc/self");
-        assert_eq!(waits(&own), None, "it runs");
+    fn a_thread_that_waits_uninterruptibly_is_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let stat = |text: &str| {
+            std::fs::write(dir.path().join("stat"), text).expect("write");
+            waits(dir.path())
+        };
+        // Whoever names a thread may put anything into the name.
+        assert_eq!(stat("7 (a) S (b) D 1 7 7 0").as_deref(), Some("a) S (b"));
+        assert_eq!(stat("7 (a) D (b) S 1 7 7 0"), None);
+        assert_eq!(stat("7 (D) R 1 7 7 0"), None);
+        assert_eq!(stat(""), None, "it has ended meanwhile");
+        assert_eq!(waits(&dir.path().join("gone")), None);
+    }
+
+    #[test]
+    fn what_a_process_writes_to_is_in_its_memory() {
+        let before = resident_kib();
+        let written = vec![1_u8; 16 << 20];
+        assert!(resident_kib() >= before + 8 * 1024, "{} bytes more", written.len());
     }
 }

@@ -20,7 +20,7 @@ use super::point::{Point, Reached};
 use super::process::{Killed, Process};
 use super::protocol::{Command, Hold, Order, What};
 use super::timeline::Death;
-use super::{Plant, Shape};
+use super::{Plant, Shape, name};
 use crate::clock::nanoseconds;
 use crate::context::Context;
 use crate::gates;
@@ -282,7 +282,7 @@ impl<'a> Cell<'a> {
     pub(super) fn load(&mut self) -> Result<Load, Failure> {
         let (path, cpus) = (block_path(self.id), self.cpus()?);
         let (queues, depth) = self.granted.unwrap_or((1, 1));
-        let name = format!("{} × {}: more requests than a queue has tags", self.point.name(), self.mode.name());
+        let name = format!("{} × {}: more requests than a queue has tags", name(&self.point), name(&self.mode));
         let io_depth = if self.context.gated(&gates::FULL_QUEUE, &name) {
             // All workers together leave a tag free, wherever their requests are issued.
             (depth.saturating_sub(1) / queues).max(1)

@@ -20,17 +20,6 @@ pub(super) enum Mode {
 }
 
 impl Mode {
-    pub(super) const ALL: [Self; 4] = [Self::None, Self::Wait, Self::Reissue, Self::FailIo];
-
-    pub(super) const fn name(self) -> &'static str {
-        match self {
-            Self::None => "none",
-            Self::Wait => "wait",
-            Self::Reissue => "reissue",
-            Self::FailIo => "fail-io",
-        }
-    }
-
     /// What the driver calls a started device whose server has died.
     pub(super) const fn state(self) -> State {
         match self {

@@ -47,48 +47,6 @@ pub(super) enum Point {
 }
 
 impl Point {
-    pub(super) const ALL: [Self; 17] = [
-        Self::Added,
-        Self::MidFetch,
-        Self::Fetched,
-        Self::Starting,
-        Self::Started,
-        Self::Scanning,
-        Self::Idle,
-        Self::Working,
-        Self::AllTags,
-        Self::Uncommitted,
-        Self::Flushing,
-        Self::Stopping,
-        Self::Deleting,
-        Self::Recovering,
-        Self::Twice,
-        Self::QueueThread,
-        Self::Abandoned,
-    ];
-
-    pub(super) const fn name(self) -> &'static str {
-        match self {
-            Self::Added => "added",
-            Self::MidFetch => "mid-fetch",
-            Self::Fetched => "fetched",
-            Self::Starting => "starting",
-            Self::Started => "started",
-            Self::Scanning => "scanning",
-            Self::Idle => "idle",
-            Self::Working => "working",
-            Self::AllTags => "all-tags",
-            Self::Uncommitted => "uncommitted",
-            Self::Flushing => "flushing",
-            Self::Stopping => "stopping",
-            Self::Deleting => "deleting",
-            Self::Recovering => "recovering",
-            Self::Twice => "twice",
-            Self::QueueThread => "queue-thread",
-            Self::Abandoned => "abandoned",
-        }
-    }
-
     /// The bug of some kernels that does not let this be done.
     pub(super) const fn gate(self) -> Option<&'static Gate> {
         match self {
@@ -116,8 +74,6 @@ pub(super) enum Reached {
 }
 
 impl Reached {
-    pub(super) const ALL: [Self; 4] = [Self::Added, Self::Configured, Self::MidFetch, Self::Fetched];
-
     /// The bugs of some kernels that do not let this be done. Where nothing is recovered, a new device is begun.
     pub(super) const fn gates(self, mode: Mode) -> &'static [&'static Gate] {
         match self {
@@ -125,23 +81,6 @@ impl Reached {
             Self::MidFetch | Self::Fetched if !mode.recovers() => &[&gates::ABANDONED_START],
             Self::MidFetch => &[&gates::KILLED_RECOVERY, &gates::HALF_RECOVERED_DEATH],
             Self::Fetched => &[&gates::KILLED_RECOVERY],
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_those_of_the_command_line() {
-        for point in Point::ALL {
-            let value = point.to_possible_value().expect("a value");
-            assert_eq!(value.get_name(), point.name());
-        }
-        assert_eq!(Point::value_variants().len(), Point::ALL.len());
-        for mode in Mode::ALL {
-            assert_eq!(mode.to_possible_value().expect("a value").get_name(), mode.name());
         }
     }
 }

@@ -3,11 +3,15 @@
 use std::collections::BTreeMap;
 use std::fs;
 
+use clap::ValueEnum;
+
 use super::cell::Report;
 use super::mode::Mode;
+use super::name;
 use super::point::Point;
 use crate::context::Context;
 use crate::scenario::Failure;
+use crate::table::Table;
 
 /// The file in the report directory.
 const FILE: &str = "sigkill.json";
@@ -46,31 +50,21 @@ fn cell(reports: &[&Report]) -> String {
     )
 }
 
-/// The lines of the table: points down, modes across.
-fn lines(reports: &[Report]) -> Vec<String> {
+/// Points down, modes across.
+fn table(reports: &[Report]) -> Table {
     let mut cells: BTreeMap<(Point, Mode), Vec<&Report>> = BTreeMap::new();
     for report in reports {
         cells.entry((report.point, report.mode)).or_default().push(report);
     }
-    let mut rows = vec![std::iter::once("killed").chain(Mode::ALL.map(Mode::name)).map(str::to_owned).collect()];
-    for point in Point::ALL {
-        let row: Vec<String> = Mode::ALL
-            .iter()
-            .map(|mode| cell(cells.get(&(point, *mode)).map(Vec::as_slice).unwrap_or_default()))
-            .collect();
-        if row.iter().any(|cell| cell != "-") {
-            rows.push(std::iter::once(point.name().to_owned()).chain(row).collect::<Vec<_>>());
+    let modes = Mode::value_variants();
+    let mut table = Table::new(std::iter::once("killed".to_owned()).chain(modes.iter().map(name)));
+    for point in Point::value_variants() {
+        let row = modes.iter().map(|mode| cell(cells.get(&(*point, *mode)).map(Vec::as_slice).unwrap_or_default()));
+        if cells.keys().any(|(done, _)| done == point) {
+            table.row(std::iter::once(name(point)).chain(row));
         }
     }
-    let columns = Mode::ALL.len() + 1;
-    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..columns).map(width).collect();
-    rows.iter()
-        .map(|row| {
-            let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:<width$}"));
-            cells.collect::<Vec<_>>().join(" | ").trim_end().to_owned()
-        })
-        .collect()
+    table
 }
 
 /// Tells the table.
@@ -79,7 +73,7 @@ pub(super) fn print(context: &Context, reports: &[Report]) {
         return;
     }
     context.note("verdict, kills, operations done + done across a death / failed / turned away, the longest time");
-    for line in lines(reports) {
+    for line in table(reports).text().lines() {
         context.note(line);
     }
 }
@@ -106,13 +100,12 @@ mod tests {
         (done.kills, done.done, done.survived, done.failed, done.elapsed_ms) = (2, 40, 3, 5, 1250);
         let mut lacking = Report::new(Point::Idle, Mode::FailIo, 0);
         "no such mode".clone_into(&mut lacking.verdict);
-        let lines = lines(&[done, lacking]);
-        assert_eq!(lines.len(), 2);
-        assert_eq!(
-            lines[0].split(" | ").map(str::trim).collect::<Vec<_>>(),
-            ["killed", "none", "wait", "reissue", "fail-io"]
-        );
+        let text = table(&[done, lacking]).text();
+        let lines: Vec<Vec<&str>> = text
+            .lines()
+            .map(|line| line.split("  ").map(str::trim).filter(|cell| !cell.is_empty()).collect())
+            .collect();
         let cells = ["idle", "-", "ok 2k 37+3/5/0 1.2s", "-", "(no such mode)"];
-        assert_eq!(lines[1].split(" | ").map(str::trim).collect::<Vec<_>>(), cells);
+        assert_eq!(lines, [["killed", "none", "wait", "reissue", "fail-io"], cells]);
     }
 }

@@ -122,6 +122,8 @@ impl Timeline {
 
 #[cfg(test)]
 mod tests {
+    use clap::ValueEnum;
+
     use super::*;
 
     fn timeline(mode: Mode) -> Timeline {
@@ -135,7 +137,7 @@ mod tests {
 
     #[test]
     fn without_a_death_nothing_fails() {
-        for mode in Mode::ALL {
+        for mode in Mode::value_variants().iter().copied() {
             let timeline = Timeline::new(mode);
             assert_eq!(timeline.judge(1, 2, Ended::Done), Judged::Fine);
             assert!(wrong(timeline.judge(1, 2, Ended::Failed(libc::EIO))));

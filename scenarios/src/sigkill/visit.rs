@@ -4,8 +4,11 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::atomic::Ordering;
+use std::thread::{Scope, ScopedJoinHandle};
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
+use ublkit::Controller;
 use ublkit::ctrl::{State, block_path};
 use ublkit_harness::threads::stacks;
 use ublkit_harness::{OpKind, SectorRange};
@@ -14,11 +17,13 @@ use super::book::BLOCK_SECTORS;
 use super::cell::{CONTROL_LIMIT, Cell};
 use super::load::Load;
 use super::mode::Mode;
+use super::name;
 use super::point::{Point, Reached};
 use super::process::{Killed, Process};
 use super::protocol::{Command, Hold, Kind, Stage, What};
 use super::timeline::Ended;
 use crate::clock::nanoseconds;
+use crate::runner::no_thread;
 use crate::scenario::Failure;
 use crate::sysfs::CharDir;
 
@@ -361,10 +366,11 @@ impl Cell<'_> {
         if let Some(reached) = self.reached {
             return reached;
         }
-        let open: Vec<_> = Reached::ALL
-            .into_iter()
+        let open: Vec<_> = Reached::value_variants()
+            .iter()
+            .copied()
             .filter(|reached| {
-                let what = format!("recovering × {}: killed when {reached:?}", self.mode.name());
+                let what = format!("recovering × {}: killed when {reached:?}", name(&self.mode));
                 !reached.gates(self.mode).iter().any(|gate| self.context.gated(gate, &what))
             })
             .collect();
@@ -427,11 +433,11 @@ impl Cell<'_> {
         self.book.timeline().ending = Some(nanoseconds());
         let (controller, id) = (self.controller, self.id);
         let (within, killed, stopped) = std::thread::scope(|scope| {
-            let stopping = scope.spawn(move || controller.stop(id, CONTROL_LIMIT));
+            let stopping = stop_beside(scope, controller, id)?;
             std::thread::sleep(wait);
             let within = !stopping.is_finished();
-            (within, process.kill(), stopping.join())
-        });
+            Ok::<_, Failure>((within, process.kill(), stopping.join()))
+        })?;
         let killed = killed?;
         stopped.map_err(|_panic| Failure::Internal("a STOP panicked".to_owned()))??;
         self.killed_in_stop(&killed, within)?;
@@ -459,10 +465,10 @@ impl Cell<'_> {
         process.tell(&Command::Hold(Hold::Requests(Kind::Writes, Stage::Before)))?;
         let (controller, id) = (self.controller, self.id);
         let (killed, stopped) = std::thread::scope(|scope| {
-            let stopping = scope.spawn(move || controller.stop(id, CONTROL_LIMIT));
+            let stopping = stop_beside(scope, controller, id)?;
             let killed = Self::held(&mut process, 1, 1).and_then(|_| process.kill());
-            (killed, stopping.join())
-        });
+            Ok::<_, Failure>((killed, stopping.join()))
+        })?;
         let killed = killed?;
         stopped.map_err(|_panic| Failure::Internal("a STOP panicked".to_owned()))??;
         self.killed_in_stop(&killed, true)?;
@@ -535,6 +541,16 @@ impl Cell<'_> {
         // DEL was as good as done: the id is free when nobody has the device open, without anybody's doing.
         self.no_more()
     }
+}
+
+/// STOP, sent by a thread of its own.
+fn stop_beside<'scope>(
+    scope: &'scope Scope<'scope, '_>,
+    controller: &'scope Controller,
+    id: u32,
+) -> Result<ScopedJoinHandle<'scope, ublkit::Result<()>>, Failure> {
+    let thread = std::thread::Builder::new().name("stop".to_owned());
+    thread.spawn_scoped(scope, move || controller.stop(id, CONTROL_LIMIT)).map_err(|error| no_thread(&error))
 }
 
 /// Whether a server that was told to stop at one place has gone no further, by its last words.

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::protocol::{ChurnOrder, Churned, Order, Report};
 use super::stressed::{Stressed, unexpected};
-use super::{Args, Bug};
+use super::{Args, Bug, Kind};
 use crate::context::Context;
 use crate::footprint::{Measure, PARTS, Sample};
 use crate::scenario::Failure;
@@ -15,23 +15,19 @@ use crate::scenario::Failure;
 const OWN_PERMILLE_MAX: u64 = 100;
 
 pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
-    // Enough looks for a leak to show in each part, and not so many that they are the work.
-    let check_every = (args.cycles / 12).clamp(1, 100);
-    let asked = if context.duration().is_some() { args.cycles.min(20) } else { args.cycles };
+    let extent = args.extent(Kind::Churn, context.duration());
+    let asked = extent.least(40);
     for (name, minimum) in
         [("cycles", asked), ("dirty_closes", asked / 8), ("looks", if asked >= 20 { PARTS as u64 + 1 } else { 0 })]
     {
         context.evidence().require(name, minimum);
     }
     // A cycle takes tens of milliseconds, emulated or not; ten seconds are for a machine that does much else.
-    let limit = context.duration().map_or(Duration::ZERO, |duration| 2 * duration);
-    let limit = limit.max(Duration::from_secs(10 * args.cycles)) + Duration::from_secs(300);
+    let limit = extent.limit(Duration::from_secs(10)) + Duration::from_secs(300);
     context.step("churn", limit, |context| {
         let mut stressed = Stressed::start("churn")?;
         stressed.order(&Order::Churn(ChurnOrder {
-            cycles: args.cycles,
-            duration_ms: context.duration().map(|duration| duration.as_millis() as u64),
-            check_every,
+            extent,
             announce: !args.measure,
             seed: context.seed().derive("churn", 0),
             plant: args.plant,

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit};
 use ublkit::ctrl::block_path;
@@ -12,19 +12,25 @@ use ublkit_harness::{Pattern, SECTOR, SectorRange};
 use super::load::{BLOCK, Load, open_direct};
 use super::protocol::{Order, Report, Shape};
 use super::stressed::{Stressed, unexpected};
-use super::{Args, Bug};
+use super::{Args, Bug, Kind};
 use crate::context::Context;
 use crate::footprint::Measure;
+use crate::runner::no_thread;
 use crate::scenario::Failure;
 
 /// Each device is as large as what is written to it.
 const DEVICE_BYTES: u64 = 16 * BLOCK as u64;
 /// Threads that load the devices.
 const LOADERS: usize = 4;
+/// Threads that close them.
+const CALLERS: u32 = 4;
 /// Descriptors that a device takes of its server.
 const DESCRIPTORS_EACH: u64 = 7;
 /// Memory that a device takes, the kernel's and the server's: with two processors a fifth of this.
 const MEMORY_EACH: u64 = 1 << 20;
+
+/// Of those that stay, how many at most are verified while a close is held up.
+const MEANWHILE_MOST: u64 = 32;
 
 /// A device of the crowd.
 struct Member {
@@ -34,36 +40,37 @@ struct Member {
 }
 
 pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
-    let devices = u64::from(args.devices);
+    let devices = u64::from(args.devices());
     check_limits(devices)?;
+    let extent = args.extent(Kind::Many, context.duration());
+    let crowds = extent.least(1);
     for (name, minimum) in [
-        ("devices_at_once", devices),
-        ("crowd_bytes_verified", 2 * devices * DEVICE_BYTES),
-        ("verified_while_others_closed", devices / 4 * DEVICE_BYTES),
+        ("crowds", crowds),
+        ("devices_started", crowds * devices),
+        // All of them through the device and in the storage, and those that stay longest there once more.
+        ("crowd_bytes_verified", crowds * (2 * devices + staying(devices)) * DEVICE_BYTES),
+        ("verified_while_others_closed", crowds * verified_meanwhile(staying(devices)) * DEVICE_BYTES),
     ] {
         context.evidence().require(name, minimum);
     }
-    let limit = Duration::from_secs(180 + 6 * devices);
+    let limit = Duration::from_secs(180) + extent.limit(Duration::from_secs(6 * devices));
     context.step("many at once", limit, |context| {
         let mut stressed = Stressed::start("many at once")?;
         let first = stressed.sample(context, 0)?;
-        let mut crowd = start_all(args, context, &mut stressed)?;
-        let full = stressed.sample(context, devices)?;
-        for member in &mut crowd {
-            // Once everywhere before the first is read, so that what one has of another is seen.
-            write_all(member)?;
+        let (mut done, mut compared, mut full) = (0, 0, None);
+        let begun = Instant::now();
+        while !extent.is_over(done, begun.elapsed()) {
+            let mut crowd = start_all(args, context, &mut stressed, done)?;
+            if full.is_none() {
+                full = Some(stressed.sample(context, devices)?);
+            }
+            compared += verify_all(context, &mut stressed, &mut crowd)?;
+            close_all(args, context, &mut stressed, crowd)?;
+            stressed.forget(context)?;
+            context.evidence().add("crowds", 1);
+            done += 1;
         }
-        let mut compared = 0;
-        for_each(&mut crowd, |member| member.load.verify_device(&open_direct(&block_path(member.id))?))?
-            .iter()
-            .for_each(|bytes| compared += bytes);
-        for member in &mut crowd {
-            let slot = member.slot;
-            compared += member.load.verify(|offset, buf| stressed.read(context, slot, offset, buf))?;
-        }
-        context.evidence().add("crowd_bytes_verified", compared);
-        context.evidence().add("bytes_verified", compared);
-        close_all(args, context, &mut stressed, crowd)?;
+        let full = full.unwrap_or_else(|| first.clone());
         let each = |measure: Measure| full.of(measure).saturating_sub(first.of(measure)) / devices;
         context.note(format!(
             "a device takes {} descriptors, {} threads, {} maps, {} KiB of its server's memory, {} KiB of the kernel's, {} KiB \
@@ -76,9 +83,36 @@ pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
             each(Measure::UnavailableBytes) >> 10,
         ));
         super::account(context, stressed, &first)?;
-        context.detail(format!("{devices} devices, {compared} bytes verified while all were there"));
+        context.detail(format!("{done} times {devices} devices, {compared} bytes verified while all were there"));
         Ok(())
     })
+}
+
+/// How many of a crowd stay when the first are closed.
+const fn staying(devices: u64) -> u64 {
+    devices - devices / 2
+}
+
+/// How many of those are verified while others are closed for certain, and not only if that takes long enough.
+fn verified_meanwhile(staying: u64) -> u64 {
+    staying.min(MEANWHILE_MOST)
+}
+
+/// Writes to all of them, and reads all of it back, from the devices and from their storages.
+fn verify_all(context: &Context, stressed: &mut Stressed, crowd: &mut [Member]) -> Result<u64, Failure> {
+    for member in &mut *crowd {
+        // Once everywhere before the first is read, so that what one has of another is seen.
+        write_all(member)?;
+    }
+    let through = for_each(crowd, |member| member.load.verify_device(&open_direct(&block_path(member.id))?))?;
+    let mut compared: u64 = through.iter().sum();
+    for member in crowd {
+        let slot = member.slot;
+        compared += member.load.verify(|offset, buf| stressed.read(context, slot, offset, buf))?;
+    }
+    context.evidence().add("crowd_bytes_verified", compared);
+    context.evidence().add("bytes_verified", compared);
+    Ok(compared)
 }
 
 /// What a crowd takes has to be there: found out before the first device, said with what to raise.
@@ -103,9 +137,14 @@ fn check_limits(devices: u64) -> Result<(), Failure> {
     Ok(())
 }
 
-fn start_all(args: &Args, context: &mut Context, stressed: &mut Stressed) -> Result<Vec<Member>, Failure> {
+fn start_all(
+    args: &Args,
+    context: &mut Context,
+    stressed: &mut Stressed,
+    crowd: u64,
+) -> Result<Vec<Member>, Failure> {
     let mut ids = BTreeMap::new();
-    for slot in 0..args.devices {
+    for slot in 0..args.devices() {
         if context.interruption().came() {
             return Err(Failure::Interrupted);
         }
@@ -125,11 +164,11 @@ fn start_all(args: &Args, context: &mut Context, stressed: &mut Stressed) -> Res
             return Err(Failure::broke("identity", what));
         }
         if slot % 8 == 7 {
-            stressed.show(context, u64::from(slot) + 1, u64::from(args.devices));
+            stressed.show(context, u64::from(slot) + 1, u64::from(args.devices()));
         }
     }
-    context.evidence().add("devices_at_once", ids.len() as u64);
-    let seed = context.seed().derive("crowd", 0);
+    context.evidence().add("devices_started", ids.len() as u64);
+    let seed = context.seed().derive("crowd", crowd);
     // A few others, so that a sector that came from one of them is called by its name.
     let foreign: Arc<[Pattern]> = ids.keys().take(32).map(|id| Pattern::new(seed, *id)).collect();
     let region = SectorRange::device(DEVICE_BYTES);
@@ -160,20 +199,25 @@ fn for_each<T: Send>(
     work: impl Fn(&mut Member) -> Result<T, Failure> + Sync,
 ) -> Result<Vec<T>, Failure> {
     let (members, done, failed) = (Mutex::new(crowd.iter_mut()), Mutex::new(Vec::new()), Mutex::new(None));
-    std::thread::scope(|scope| {
-        for _ in 0..LOADERS {
-            scope.spawn(|| {
-                loop {
-                    let Some(member) = lock(&members).next() else { break };
-                    match work(member) {
-                        Ok(result) => lock(&done).push(result),
-                        Err(failure) => {
-                            lock(&failed).get_or_insert(failure);
-                            break;
-                        }
-                    }
+    let do_some = || {
+        loop {
+            let Some(member) = lock(&members).next() else { break };
+            match work(member) {
+                Ok(result) => lock(&done).push(result),
+                Err(failure) => {
+                    lock(&failed).get_or_insert(failure);
+                    break;
                 }
-            });
+            }
+        }
+    };
+    std::thread::scope(|scope| {
+        for loader in 0..LOADERS {
+            let thread = std::thread::Builder::new().name(format!("load {loader}"));
+            if let Err(error) = thread.spawn_scoped(scope, do_some) {
+                lock(&failed).get_or_insert(no_thread(&error));
+                break;
+            }
         }
     });
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
@@ -183,6 +227,9 @@ fn for_each<T: Send>(
 }
 
 /// Closes all of them in random order, half of them while the other half is loaded and verified.
+///
+/// That it is so is not left to the time that each takes: one of those that are closed is held open, so that they are not all
+/// closed before enough of the others are verified.
 fn close_all(
     args: &Args,
     context: &mut Context,
@@ -194,25 +241,30 @@ fn close_all(
     let mut staying = crowd.split_off(crowd.len() / 2);
     let mut slots: Vec<u32> = crowd.iter().map(|member| member.slot).collect();
     if args.plant == Some(Bug::ClosedNeighbour)
-        && let (Some(slot), Some(neighbour)) = (slots.first_mut(), staying.first())
+        && let (Some(slot), Some(neighbour)) = (slots.last_mut(), staying.first())
     {
         *slot = neighbour.slot;
     }
-    stressed.order(&Order::CloseMany { slots, callers: 4 })?;
-    // At least once all over, however fast the others are.
-    let loaded = for_each(&mut staying, |member| {
+    // The first: somebody closes it from the beginning on, while others close the rest.
+    let held = crowd.first().map(|member| open_direct(&block_path(member.id))).transpose()?;
+    stressed.order(&Order::CloseMany { slots, callers: CALLERS })?;
+    while !matches!(hear_of_close(context, stressed)?, Report::Stopping { .. }) {}
+    let load = |member: &mut Member| {
         let file = open_direct(&block_path(member.id))?;
         for _ in 0..4 {
             let written = member.load.write(&file);
             written.map_err(|broken| Failure::io(format_args!("write to device {}", member.id), &broken.error))?;
         }
         member.load.verify_device(&file)
-    });
-    let closed = hear_closes(context, stressed);
-    let compared: u64 = loaded?.iter().sum();
-    closed?;
+    };
+    let enough = verified_meanwhile(staying.len() as u64) as usize;
+    let (meanwhile, others) = staying.split_at_mut(enough);
+    let compared: u64 = for_each(meanwhile, load)?.iter().sum();
     context.evidence().add("verified_while_others_closed", compared);
+    drop(held);
+    let compared = compared + for_each(others, load)?.iter().sum::<u64>();
     context.evidence().add("bytes_verified", compared);
+    while !matches!(hear_of_close(context, stressed)?, Report::ClosedAll) {}
     // Those that stayed are as they were.
     for member in &mut staying {
         let slot = member.slot;
@@ -226,19 +278,21 @@ fn close_all(
             return Err(Failure::broke("size", format!("device {} has {size} bytes", member.id)));
         }
     }
-    stressed.order(&Order::CloseMany { slots: staying.iter().map(|member| member.slot).collect(), callers: 4 })?;
-    hear_closes(context, stressed)
+    let slots = staying.iter().map(|member| member.slot).collect();
+    stressed.order(&Order::CloseMany { slots, callers: CALLERS })?;
+    while !matches!(hear_of_close(context, stressed)?, Report::ClosedAll) {}
+    Ok(())
 }
 
-fn hear_closes(context: &Context, stressed: &mut Stressed) -> Result<(), Failure> {
-    loop {
-        match stressed.hear(context)? {
-            Report::Stopping { .. } | Report::Stopped | Report::Closed { deferred: None, .. } => {}
-            Report::Closed { deferred: Some(why), slot, .. } => {
-                return Err(Failure::broke("close", format!("device number {slot}: {why}")));
-            }
-            Report::ClosedAll => return Ok(()),
-            other => return Err(unexpected(&other)),
+/// What the process says next of closes: nothing but what belongs to one that is complete.
+fn hear_of_close(context: &Context, stressed: &mut Stressed) -> Result<Report, Failure> {
+    match stressed.hear(context)? {
+        Report::Closed { deferred: Some(why), slot, .. } => {
+            Err(Failure::broke("close", format!("device number {slot}: {why}")))
         }
+        report @ (Report::Stopping { .. } | Report::Stopped | Report::Closed { .. } | Report::ClosedAll) => {
+            Ok(report)
+        }
+        other => Err(unexpected(&other)),
     }
 }

@@ -5,19 +5,16 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use ublkit::ctrl::block_path;
 
-use super::Args;
 use super::load::open_direct;
 use super::protocol::{Order, Report, Shape};
 use super::stressed::{Stressed, exists, unexpected};
+use super::{Args, Kind};
 use crate::context::Context;
-use crate::environment::find_tool;
+use crate::probe::filesystem::{Mounted, mkfs};
 use crate::scenario::Failure;
 
 /// What closing may take beyond the time it waits for others to let go.
@@ -26,37 +23,47 @@ const CLOSE_SLACK: Duration = Duration::from_secs(30);
 const DELETE_MS: u64 = 500;
 /// How long an id may take to become free once nobody holds the device.
 const FREE_DEADLINE: Duration = Duration::from_secs(20);
+/// In one of how many rounds a file system is mounted too, which takes longer than the rest.
+const MOUNT_EVERY: u64 = 3;
 const DEVICE_BYTES: u64 = 16 << 20;
 /// What the file on the mounted device holds, to be found in the storage.
 const MAGIC: &[u8; 16] = b"written by close";
 const FILE_BYTES: usize = 256 << 10;
 
 pub(super) fn run(args: &Args, context: &mut Context) -> Result<(), Failure> {
-    let rounds = u64::from(args.rounds.min(3));
+    let extent = args.extent(Kind::Held, context.duration());
+    let rounds = extent.least(1);
+    let mounts = rounds.div_ceil(MOUNT_EVERY);
     for (name, minimum) in [
         ("closes_while_open", rounds),
-        ("closes_while_mounted", 1),
-        ("holders_named", rounds + 1),
-        ("ids_free_after_letting_go", rounds + 1),
-        ("file_bytes_written_back", FILE_BYTES as u64),
+        ("closes_while_mounted", mounts),
+        ("holders_named", rounds + mounts),
+        ("ids_free_after_letting_go", rounds + mounts),
+        ("file_bytes_written_back", mounts * FILE_BYTES as u64),
     ] {
         context.evidence().require(name, minimum);
     }
-    let limit = Duration::from_secs(300 + 60 * rounds);
+    let limit = Duration::from_secs(300) + extent.limit(Duration::from_secs(60));
     context.step("close while held", limit, |context| {
         let mut stressed = Stressed::start("close while held")?;
         let first = stressed.sample(context, 0)?;
-        for round in 0..rounds as u32 {
-            while_open(args, context, &mut stressed, round)?;
-        }
-        while_mounted(args, context, &mut stressed, rounds as u32)?;
-        stressed.order(&Order::Forget)?;
-        match stressed.hear(context)? {
-            Report::Done => {}
-            other => return Err(unexpected(&other)),
+        let (mut done, mut mounted) = (0, 0);
+        let begun = Instant::now();
+        while !extent.is_over(done, begun.elapsed()) {
+            if context.interruption().came() {
+                return Err(Failure::Interrupted);
+            }
+            while_open(args, context, &mut stressed, 0)?;
+            if done % MOUNT_EVERY == 0 {
+                while_mounted(args, context, &mut stressed, 1)?;
+                mounted += 1;
+            }
+            stressed.forget(context)?;
+            done += 1;
+            stressed.show(context, done, extent.exactly().unwrap_or(0));
         }
         super::account(context, stressed, &first)?;
-        context.detail(format!("{rounds} held open, one mounted"));
+        context.detail(format!("{done} held open, {mounted} mounted"));
         Ok(())
     })
 }
@@ -137,42 +144,17 @@ fn while_open(args: &Args, context: &mut Context, stressed: &mut Stressed, slot:
     must_become_free(context, id)
 }
 
-/// A mount that is undone when it is dropped.
-struct Mounted<'a>(&'a Path);
-
-impl Drop for Mounted<'_> {
-    fn drop(&mut self) {
-        // The device under it may be gone, and it is gone with its directory in any case.
-        let _ = umount2(self.0, MntFlags::MNT_DETACH);
-    }
-}
-
 fn while_mounted(args: &Args, context: &mut Context, stressed: &mut Stressed, slot: u32) -> Result<(), Failure> {
     let id = start(args, context, stressed, slot)?;
-    let path = block_path(id);
-    let cannot =
-        |what: &str, error: &dyn std::fmt::Display| Failure::Environment(format!("failed to {what}: {error}"));
-    let mkfs = find_tool("mkfs.ext4", std::env::var_os("PATH").as_deref());
-    let made = Command::new(mkfs.unwrap_or_else(|| "mkfs.ext4".into()))
-        .args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
-        .arg(&path)
-        .stdout(Stdio::null())
-        .status()
-        .map_err(|error| cannot("run mkfs.ext4", &error))?;
-    if !made.success() {
-        return Err(Failure::broke("io", format!("mkfs.ext4 failed on {}: {made}", path.display())));
-    }
-    let at = tempfile::tempdir().map_err(|error| cannot("make a directory", &error))?;
-    mount(Some(&path), at.path(), Some("ext4"), MsFlags::empty(), None::<&str>)
-        .map_err(|errno| Failure::broke("io", format!("failed to mount {}: {errno}", path.display())))?;
-    let attached = Mounted(at.path());
+    mkfs(&block_path(id))?;
+    let mounted = Mounted::mount(context, &block_path(id))?;
     let text: Vec<u8> = MAGIC.iter().copied().cycle().take(FILE_BYTES).collect();
-    fs::File::create(at.path().join("file"))
+    fs::File::create(mounted.path().join("file"))
         .and_then(|mut file| file.write_all(&text))
         .map_err(|error| Failure::io("write a file", &error))?;
     // Not synced: that is for the close.
     let told = close(context, stressed, slot)?;
-    must_name(context, &told, &at.path().display().to_string())?;
+    must_name(context, &told, &mounted.path().display().to_string())?;
     context.evidence().add("closes_while_mounted", 1);
     let found = count_magic(context, stressed, slot)?;
     if found < FILE_BYTES as u64 {
@@ -180,7 +162,8 @@ fn while_mounted(args: &Args, context: &mut Context, stressed: &mut Stressed, sl
         return Err(Failure::broke("writeback", what));
     }
     context.evidence().add("file_bytes_written_back", found);
-    drop(attached);
+    // The device under it is gone, and so is what would be written to it: a mount that ends in any way will do.
+    drop(mounted);
     must_become_free(context, id)
 }
 

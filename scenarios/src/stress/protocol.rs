@@ -4,7 +4,9 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use ublkit_harness::Seed;
 
+use super::Kind;
 use super::cycle::Costs;
+use super::extent::Extent;
 use crate::footprint::Sample;
 pub(super) use crate::role::Trouble;
 use crate::role::Word;
@@ -46,6 +48,24 @@ pub(super) enum Plant {
     DroppedPages,
 }
 
+impl Plant {
+    /// Where it makes a difference.
+    pub(super) const fn kinds(self) -> &'static [Kind] {
+        match self {
+            Self::LeakedFd | Self::LeakedMap | Self::LeakedThread | Self::LeakedMemory => &[Kind::Churn],
+            Self::SkippedDelete => &[Kind::Churn, Kind::ConcurrentClose],
+            Self::KillInsteadOfStop | Self::LostInFlight | Self::DroppedPages => {
+                &[Kind::Churn, Kind::IoWhileClose, Kind::Held]
+            }
+            Self::ForgottenRequest => &[Kind::IoWhileClose],
+            Self::EarlyAnswer | Self::SplitAnswer => &[Kind::ConcurrentClose],
+            Self::CrossTalk | Self::DoubleServed | Self::ClosedNeighbour => &[Kind::Many],
+            Self::UnnamedHolder => &[Kind::Held],
+            Self::NeverDeleted => &[Kind::IoWhileClose, Kind::Many, Kind::Held],
+        }
+    }
+}
+
 /// What is to be done.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Order {
@@ -57,7 +77,7 @@ pub(super) enum Order {
     CloseInFlight { slot: u32, minimum: u64, release_ms: u64 },
     /// Close it.
     Close { slot: u32 },
-    /// Close devices from several threads, each device from so many at once.
+    /// Close devices, from so many threads at once, each device from one of them.
     CloseMany { slots: Vec<u32>, callers: u32 },
     /// Close devices concurrently while others start.
     Concurrently(ConcurrentOrder),
@@ -93,11 +113,7 @@ pub(super) struct Shape {
 /// Cycles to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct ChurnOrder {
-    pub(super) cycles: u64,
-    /// To be over after so long, however many were done.
-    pub(super) duration_ms: Option<u64>,
-    /// How often the process is looked at.
-    pub(super) check_every: u64,
+    pub(super) extent: Extent,
     /// Tell of every device within its cycle, so that whoever looks on can clean up after it. Where times are measured,
     /// that is not to be in them.
     pub(super) announce: bool,
@@ -108,7 +124,7 @@ pub(super) struct ChurnOrder {
 /// Concurrent closes to do.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct ConcurrentOrder {
-    pub(super) rounds: u32,
+    pub(super) extent: Extent,
     pub(super) devices: u32,
     pub(super) callers: u32,
     pub(super) seed: Seed,
@@ -122,7 +138,7 @@ pub(super) enum Report {
     Made { id: u32 },
     /// The device of this id is closed, or so this process believes.
     Gone { id: u32 },
-    /// So many cycles or devices are done.
+    /// So many cycles or devices are done, of so many, or of 0 where that is not known.
     Progress { done: u64, of: u64 },
     /// How the process stood after so many cycles.
     Sample(Sample),

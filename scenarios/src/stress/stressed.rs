@@ -24,8 +24,9 @@ const SILENCE: Duration = Duration::from_secs(150);
 const END_DEADLINE: Duration = Duration::from_secs(90);
 /// How often an interruption is looked for.
 const SLICE: Duration = Duration::from_millis(100);
-/// How long ids may take to become free once their devices are closed.
-const IDS_DEADLINE: Duration = Duration::from_secs(10);
+/// How long ids may take to become free once their devices are closed and the process that did it has ended, its commands
+/// with it: none is under way that could still delete one.
+const IDS_DEADLINE: Duration = Duration::from_secs(3);
 
 /// The process, and what it has said.
 pub(super) struct Stressed {
@@ -105,9 +106,22 @@ impl Stressed {
     /// How the process stands now.
     pub(super) fn sample(&mut self, context: &Context, cycles: u64) -> Result<Sample, Failure> {
         self.order(&Order::Footprint { cycles })?;
-        // It is kept aside when it is heard; the answer to the next order comes after it.
-        self.left(context)?;
+        // It is kept aside when it is heard.
+        self.done(context)?;
         self.samples.last().cloned().ok_or_else(|| Failure::Internal("no sample came".to_owned()))
+    }
+
+    /// Has it forget the storages of closed devices.
+    pub(super) fn forget(&mut self, context: &Context) -> Result<(), Failure> {
+        self.order(&Order::Forget)?;
+        self.done(context)
+    }
+
+    fn done(&mut self, context: &Context) -> Result<(), Failure> {
+        match self.hear(context)? {
+            Report::Done => Ok(()),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Samples that were heard.

@@ -18,6 +18,7 @@ use crate::clock::nanoseconds;
 use crate::footprint::{self, Sample};
 use crate::inventory::Inventory;
 use crate::role;
+use crate::runner::no_thread;
 
 /// The argument with which this program becomes such a process.
 pub(crate) const ARGUMENT: &str = "stress-for-parent";
@@ -25,6 +26,9 @@ pub(crate) const ARGUMENT: &str = "stress-for-parent";
 const DIRTY_EVERY: u64 = 8;
 /// How many cycles at the beginning are not in the costs.
 const UNCOUNTED: u64 = 5;
+/// Every how many cycles the process is looked at, at most and, where their number is not known, at first.
+const LOOK_EVERY_MOST: u64 = 100;
+const LOOK_EVERY_AT_FIRST: u64 = 5;
 /// How often at most progress is told.
 const PROGRESS: Duration = Duration::from_millis(500);
 /// How long the requests may take to come that are to be in flight at a close.
@@ -67,7 +71,7 @@ pub(crate) fn main() -> u8 {
         told.store(true, Ordering::SeqCst);
     });
     if let Err(error) = reader {
-        say(&Report::Failed(Trouble::Environment(format!("failed to start a thread: {error}"))));
+        say(&Report::Failed(no_thread(&error).into()));
         return 4;
     }
     raise_descriptor_limit();
@@ -126,7 +130,10 @@ impl Worker {
                 self.storages.clear();
                 say(&Report::Done);
             }
-            Order::Footprint { cycles } => say(&Report::Sample(Sample::take(cycles))),
+            Order::Footprint { cycles } => {
+                say(&Report::Sample(Sample::take(cycles)));
+                say(&Report::Done);
+            }
             Order::Left => say(&Report::Left(self.before.surplus_after_settling())),
             Order::Enough => {}
         }
@@ -176,7 +183,7 @@ impl Worker {
         while disk.held() < minimum && Instant::now() < until {
             std::thread::sleep(Duration::from_millis(1));
         }
-        let opener = std::thread::spawn({
+        let opener = std::thread::Builder::new().name("opener".to_owned()).spawn({
             let disk = Arc::clone(&disk);
             move || {
                 let until = Instant::now() + GATHER;
@@ -187,6 +194,10 @@ impl Worker {
                 disk.open();
             }
         });
+        let opener = opener.map_err(|error| {
+            disk.open();
+            no_thread(&error)
+        })?;
         let closed = self.close(slot);
         disk.open();
         let _panicked = opener.join();
@@ -207,18 +218,22 @@ impl Worker {
             taken.push((*slot, serving));
         }
         let (next, troubles) = (Mutex::new(taken.into_iter()), Mutex::new(Vec::new()));
+        let close_some = || {
+            loop {
+                let Some((slot, serving)) = next.lock().unwrap_or_else(PoisonError::into_inner).next() else { break };
+                if let Err(trouble) = close_one(slot, &serving) {
+                    troubles.lock().unwrap_or_else(PoisonError::into_inner).push(trouble);
+                }
+            }
+        };
         std::thread::scope(|scope| {
-            for _ in 0..callers.max(1) {
-                scope.spawn(|| {
-                    loop {
-                        let Some((slot, serving)) = next.lock().unwrap_or_else(PoisonError::into_inner).next() else {
-                            break;
-                        };
-                        if let Err(trouble) = close_one(slot, &serving) {
-                            troubles.lock().unwrap_or_else(PoisonError::into_inner).push(trouble);
-                        }
-                    }
-                });
+            for caller in 0..callers.max(1) {
+                let thread = std::thread::Builder::new().name(format!("close {caller}"));
+                // Those that there are do all of it; that they were too few is told afterwards.
+                if let Err(error) = thread.spawn_scoped(scope, close_some) {
+                    troubles.lock().unwrap_or_else(PoisonError::into_inner).push(no_thread(&error).into());
+                    break;
+                }
             }
         });
         troubles.into_inner().unwrap_or_else(PoisonError::into_inner).into_iter().next().map_or(Ok(()), Err)
@@ -307,6 +322,15 @@ fn explain_limits(error: ublkit::Error, already: u32) -> Trouble {
     }
 }
 
+/// Every how many cycles the process is looked at: often enough for a leak to show in each part of them, and not so often
+/// that it is the work. Where it is not known how many there will be, the parts are those of what was `done`.
+fn look_every(exactly: Option<u64>, done: u64) -> u64 {
+    match exactly {
+        Some(cycles) => (cycles / 12).clamp(1, LOOK_EVERY_MOST),
+        None => (done / 12).clamp(LOOK_EVERY_AT_FIRST, LOOK_EVERY_MOST),
+    }
+}
+
 /// Goes through cycles until there are enough of them.
 fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
     let mut cycler = Cycler { seed: order.seed, plant: order.plant, costs: super::cycle::Costs::default() };
@@ -314,19 +338,21 @@ fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
     let mut ids = BTreeSet::new();
     let mut samples = Vec::new();
     let mut planted = Planted::default();
+    let exactly = order.extent.exactly();
     // What is made once and kept comes with the first cycles.
-    let warm_up = (order.cycles / 5).min(2 * order.check_every);
+    let warm_up =
+        exactly.map_or(4 * LOOK_EVERY_AT_FIRST, |cycles| (cycles / 5).min(2 * look_every(exactly, 0))).max(1);
+    let mut next_look = warm_up;
     let begun = Instant::now();
     let mut told = Instant::now();
     let mut before = None;
-    for number in 0..order.cycles {
-        let over = order.duration_ms.is_some_and(|most| begun.elapsed() >= Duration::from_millis(most));
-        if over || enough.load(Ordering::SeqCst) {
+    for number in 0.. {
+        if order.extent.is_over(number, begun.elapsed()) || enough.load(Ordering::SeqCst) {
             break;
         }
         let dirty = number % DIRTY_EVERY == DIRTY_EVERY - 1;
         // The first ones read the program itself from where it is stored.
-        let counted = number >= UNCOUNTED.min(order.cycles / 2);
+        let counted = number >= UNCOUNTED.min(order.extent.at_most().unwrap_or(u64::MAX) / 2);
         let outcome = cycler.cycle(number, Cycle { dirty, counted }, &|id| {
             if order.announce {
                 say(&Report::Made { id });
@@ -346,11 +372,11 @@ fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
         churned.dirty_cycles += u64::from(dirty);
         churned.bytes_verified += outcome.bytes_verified;
         planted.strike(order.plant)?;
-        if churned.cycles == warm_up.max(1) {
+        if churned.cycles == warm_up {
             before = Some(Inventory::take());
         }
-        let looked_at = churned.cycles >= warm_up && churned.cycles.is_multiple_of(order.check_every);
-        if looked_at {
+        if churned.cycles >= next_look {
+            next_look = churned.cycles + look_every(exactly, churned.cycles);
             let sample = Sample::take(churned.cycles);
             say(&Report::Sample(sample.clone()));
             samples.push(sample);
@@ -358,7 +384,7 @@ fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
         }
         if told.elapsed() >= PROGRESS {
             told = Instant::now();
-            say(&Report::Progress { done: churned.cycles, of: order.cycles });
+            say(&Report::Progress { done: churned.cycles, of: exactly.unwrap_or(0) });
         }
     }
     churned.ids = ids.len() as u64;
@@ -376,7 +402,8 @@ fn churn(order: &ChurnOrder, enough: &AtomicBool) -> Result<Churned, Trouble> {
 fn fail_on_leaks(samples: &[Sample], before: Option<&Inventory>) -> Result<(), Trouble> {
     let mut found = footprint::leaks(samples);
     let Some(first) = found.first().cloned() else { return Ok(()) };
-    found.extend(before.map(Inventory::surplus_after_settling).unwrap_or_default().into_iter().take(10));
+    // Between two cycles nothing is on its way out for long; and what grows was found without this.
+    found.extend(before.map(Inventory::surplus_now).unwrap_or_default().into_iter().take(10));
     Err(Trouble::Broke { oracle: "leak".to_owned(), what: first, detail: found })
 }
 
@@ -397,11 +424,14 @@ impl Planted {
             // Large enough to be a map of its own.
             Some(Plant::LeakedMap) => drop(Vec::<u8>::with_capacity(DEVICE_BYTES as usize).leak()),
             Some(Plant::LeakedMemory) => drop(vec![0xee_u8; 4096].leak()),
-            Some(Plant::LeakedThread) => drop(std::thread::spawn(|| {
-                loop {
-                    std::thread::park();
-                }
-            })),
+            Some(Plant::LeakedThread) => {
+                let parked = || {
+                    loop {
+                        std::thread::park();
+                    }
+                };
+                drop(std::thread::Builder::new().spawn(parked).map_err(|error| no_thread(&error))?);
+            }
             Some(Plant::SkippedDelete) if self.done % 10 == 5 => Self::forget_a_device()?,
             _ => {}
         }

@@ -17,7 +17,9 @@ fn every_point_passes_in_a_mode_each() {
     assert_eq!(verdict["verdict"], "pass", "{verdict}");
     let count = |name: &str| verdict["evidence"][name].as_u64().unwrap_or(0);
     assert!(count("cells") > 4, "{verdict}");
-    assert_eq!(count("cells_in_place"), count("cells"), "{verdict}");
+    // All but START, which is hit by luck alone, where the kernel lets it be tried at all.
+    let starts = u64::from(count("gated_killed_start") == 0);
+    assert_eq!(count("cells_in_place") + starts, count("cells"), "{verdict}");
     assert_eq!(count("ids_reused"), count("cells"), "{verdict}");
 }
 

@@ -72,7 +72,7 @@ fn press(context: &mut Context, chain: &Chain) -> Result<(), Failure> {
         direct.read_exact_at(&mut found, at).map_err(|error| Failure::io("read at the top", &error))?;
         expect(&found, &right, "the top", at)?;
         // What is read at the top comes from the bottom: a look at every fourth place there is to see that it is the same.
-        if at / CHUNK as u64 % 4 == 0 {
+        if (at / CHUNK as u64).is_multiple_of(4) {
             top.storage().read_at(&mut stored, at)?;
             expect(&stored, &right, "the bottom", at)?;
         }

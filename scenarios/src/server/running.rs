@@ -15,7 +15,7 @@ const KILL_DEADLINE: Duration = Duration::from_millis(1500);
 /// How long their devices may take to be deleted, all together.
 const DELETE_DEADLINE: Duration = Duration::from_millis(1200);
 /// How long to try for a lock that is held for moments only.
-const LOCK_PATIENCE: Duration = Duration::from_millis(100);
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A process that runs, and the ids of its devices.
 #[derive(Clone, Debug)]

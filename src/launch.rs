@@ -281,7 +281,7 @@ impl<S: Serve> QueueSetup<S> {
     /// the ring ends first, what is on its way arrives before commands are ended. Later kernels take the device back when the
     /// character device is let go of, which should be soon.
     fn serve(self, ready: &mpsc::Sender<Result<()>>, left: &mut Option<Tags>) -> Result<()> {
-        let keeps = !self.info.device.features().contains(Features::QUIESCE);
+        let keeps = !self.controller.features().contains(Features::QUIESCE);
         let queue = self.info.queue;
         // Signals are for the program's own threads: here they would only interrupt the wait.
         let _ = pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&SigSet::all()), None);

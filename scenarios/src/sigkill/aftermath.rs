@@ -68,7 +68,8 @@ mod tests {
     fn a_thread_that_waits_uninterruptibly_is_named() {
         let dir = tempfile::tempdir().expect("a directory");
         let stat = |text: &str| {
-            std::fs::write(dir.path().join("stat"), text).expect("write");
+            // Further fields follow, of which one is when it began.
+            std::fs::write(dir.path().join("stat"), format!("{text}{}", " 0".repeat(44))).expect("write");
             waits(dir.path())
         };
         // Whoever names a thread may put anything into the name.

@@ -56,7 +56,9 @@ impl Device {
     ///
     /// Since Linux 6.16 the kernel takes part in this (QUIESCE) and no request gets lost between the two. Before, one that is
     /// handed to the server in the very moment in which it lets go is left to the mode as well. So a handover that
-    /// applications are not to notice, on every kernel, needs [`Recovery::Reissue`].
+    /// applications are not to notice needs [`Recovery::Reissue`] there. Under load those kernels can also lose such a request
+    /// for good, a bug of theirs: the device then never becomes recoverable, which ends in [`ErrorKind::TimedOut`], and cannot be
+    /// deleted either. Detach it there while it is idle.
     ///
     /// It may be called several times and from several threads; each call returns how it went. Closing the device
     /// afterwards is refused, and dropping it does nothing: it is for another server now, or for

@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
 use crate::queue::Handler;
-use crate::ring::tags::{self, Tags};
+use crate::ring::tags;
 use crate::signals::Signals;
 use crate::stats::{Event, Phase, QueueShared, QueueStats};
 use crate::turn::Turn;
@@ -30,7 +30,7 @@ const HEALTH_SLICE: Duration = Duration::from_millis(200);
 pub(crate) struct QueueHandle {
     pub(crate) shared: Arc<QueueShared>,
     pub(crate) tags: Arc<tags::Shared>,
-    pub(crate) thread: Option<JoinHandle<Option<Tags>>>,
+    pub(crate) thread: Option<JoinHandle<()>>,
 }
 
 /// What a device's threads share.
@@ -234,8 +234,7 @@ impl Serving {
                 std::thread::sleep(Duration::from_micros(50));
             }
             if thread.is_finished() {
-                // What it left is let go of here, behind its end: see `QueueSetup::serve`.
-                drop(thread.join());
+                let _ = thread.join();
             } else {
                 stuck.push(thread.thread().name().unwrap_or("unnamed").to_owned());
                 queue.thread = Some(thread);

@@ -22,7 +22,6 @@ use crate::ring::descriptors::Descriptors;
 use crate::ring::tags::{self, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
 use crate::sys::process::set_io_flusher;
-use crate::sys::ublk::Features;
 use crate::turn::Turn;
 use crate::workers::{Pool, Workers};
 
@@ -239,13 +238,12 @@ struct QueueSetup<S> {
 }
 
 impl<S: Serve> QueueSetup<S> {
-    /// The life of a queue's thread. What it returns outlives it: see [`serve`](Self::serve).
-    fn run(self, ready: &mpsc::Sender<Result<()>>) -> Option<Tags> {
+    /// The life of a queue's thread.
+    fn run(self, ready: &mpsc::Sender<Result<()>>) {
         let (health, shared, everyone) =
             (Arc::clone(&self.health), Arc::clone(&self.shared), Arc::clone(&self.everyone));
         let queue = self.info.queue;
-        let mut left = None;
-        let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(ready, &mut left)));
+        let served = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.serve(ready)));
         let served = served.unwrap_or_else(|payload| {
             shared.panicked(&*payload);
             Err(Error::new(ErrorKind::Queue, format!("serve queue {queue}: its thread panicked")))
@@ -270,18 +268,9 @@ impl<S: Serve> QueueSetup<S> {
             let _ = ready.send(Err(error));
         }
         health.ended();
-        left
     }
 
-    /// Serves, and leaves in `left` what has to be let go of behind the thread's end.
-    ///
-    /// That is a ring with commands which the driver has not taken back, on kernels before 6.16 (those without QUIESCE). Where a
-    /// ring is closed, those end a command although the request that it brings is on its way, and lose the request: then
-    /// the device never comes to rest, and whoever asks after it waits for ever (docs/landmines.md). Where the thread that owns
-    /// the ring ends first, what is on its way arrives before commands are ended. Later kernels take the device back when the
-    /// character device is let go of, which should be soon.
-    fn serve(self, ready: &mpsc::Sender<Result<()>>, left: &mut Option<Tags>) -> Result<()> {
-        let keeps = !self.controller.features().contains(Features::QUIESCE);
+    fn serve(self, ready: &mpsc::Sender<Result<()>>) -> Result<()> {
         let queue = self.info.queue;
         // Signals are for the program's own threads: here they would only interrupt the wait.
         let _ = pthread_sigmask(SigmaskHow::SIG_BLOCK, Some(&SigSet::all()), None);
@@ -308,16 +297,10 @@ impl<S: Serve> QueueSetup<S> {
         if !self.fetching.wait() {
             return Ok(());
         }
-        let served = queue.fetch().and_then(|()| {
-            // Nobody listens only if the start has failed; then the queue is abandoned and ends by itself.
-            let _ = ready.send(Ok(()));
-            queue.serve()
-        });
-        let tags = queue.into_tags();
-        if keeps && !tags.all_aborted() {
-            *left = Some(tags);
-        }
-        served
+        queue.fetch()?;
+        // Nobody listens only if the start has failed; then the queue is abandoned and ends by itself.
+        let _ = ready.send(Ok(()));
+        queue.serve()
     }
 
     /// Puts the thread where its I/O comes from, and tells the kernel what it is for. Neither is needed to work.

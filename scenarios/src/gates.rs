@@ -88,6 +88,15 @@ pub const FULL_QUEUE: Gate = Gate {
     kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
 };
 
+/// Kernels before 6.16 lose requests that are on their way to a ring while it is closed.
+pub const DETACH_UNDER_LOAD: Gate = Gate {
+    name: "detach-under-load",
+    bug: "a ring that is closed while requests are on their way to it: the command that brings them is ended all the same, they are \
+          never taken back, and the device, DEL included, hangs for ever",
+    fixed: "6.18.15 or earlier; 6.12.117 has it",
+    kernels: &[(KernelVersion(6, 0, 0), KernelVersion(6, 16, 0))],
+};
+
 /// Recoveries that are given up halfway leave these kernels in a state that nothing gets them out of.
 pub const KILLED_RECOVERY: Gate = Gate {
     name: "killed-recovery",
@@ -164,6 +173,7 @@ pub const GATES: &[&Gate] = &[
     &KILLED_START,
     &KILLED_SCAN,
     &FULL_QUEUE,
+    &DETACH_UNDER_LOAD,
     &KILLED_RECOVERY,
     &HALF_RECOVERED_DEATH,
     &UPDATE_SIZE_UNSTARTED,

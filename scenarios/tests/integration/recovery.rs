@@ -31,7 +31,7 @@ cases!("recovery":
     a_second_recovery_is_told_of_the_first,
     a_recovery_killed_on_its_way_is_followed_by_the_next,
     a_recovery_that_fails_leaves_the_device_recoverable,
-    a_detached_device_is_taken_over_under_load in 60 s,
+    a_detached_device_is_taken_over_under_load in 60 s unless DETACH_UNDER_LOAD,
     detaching_is_refused_where_it_makes_no_sense,
     a_worker_that_hangs_does_not_keep_a_device_from_being_detached,
     what_another_server_has_is_left_alone,

@@ -112,15 +112,12 @@ impl<H: Handler> Queue<H> {
     }
 
     /// Completes what is here or on loan, without a look at what comes in, and parks. What came in is served if the queue is to
-    /// finish; if not, the driver takes it back when the ring goes: to look at it is to have it, and Linux before 6.16 notices the
-    /// end of a server that has every tag only after half a minute.
-    ///
-    /// An abandoned queue commits nothing more, and what it has completed last fails or is issued again: a commit makes room for
-    /// the next request, and before 6.16 one that is on its way while the ring is closed is lost (docs/landmines.md).
+    /// finish. If not, it is fetched and left: before 6.16 what is on its way to a ring that is closed may be lost, and with it
+    /// the device (docs/landmines.md), while the driver takes back what the server has.
     fn leave(&mut self) -> Result<(), Error> {
         while !self.tags.abandoned() && self.tags.settle().map_err(|error| self.failed(&error))? {}
         self.tags.park();
-        if self.tags.abandoned() { Ok(()) } else { self.finish() }
+        if self.tags.abandoned() { self.enter(false) } else { self.finish() }
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {
@@ -165,4 +162,34 @@ impl<H: Handler> Queue<H> {
 /// An [`io::Error`] of setting a queue up, told as the library's.
 pub(crate) fn setup_error(queue: u16, what: &str, error: &io::Error) -> Error {
     Error::io(error, format_args!("{what} for queue {queue}")).with_kind(ErrorKind::Queue)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ring::descriptors::Descriptors;
+    use crate::ring::tags::{Copying, Shared};
+    use crate::sys::ublk::IoDesc;
+
+    /// What was completed before the order to end is not kept back: its applications would see errors for what is done.
+    #[test]
+    fn an_abandoned_queue_commits_what_it_has_completed() {
+        const DEPTH: u16 = 4;
+        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").expect("open /dev/null");
+        let descriptors = Descriptors::pretended(DEPTH, IoDesc::default()).expect("descriptors");
+        let orders = Arc::new(Shared::new(DEPTH, 4096).expect("buffers"));
+        let tags = Tags::new(0, DEPTH, Copying::Driver, Arc::new(null), descriptors, Arc::clone(&orders));
+        let shared = Arc::new(QueueShared::new(0, Arc::new(|_| {})));
+        let abandon = Arc::clone(&orders);
+        let handler = move |request: Request<'_>| {
+            request.complete();
+            abandon.abandon();
+        };
+        let mut queue = Queue::new(tags.expect("ring"), Arc::clone(&shared), handler);
+        // `/dev/null` answers every FETCH at once: all of them are completed, and none is committed yet.
+        queue.fetch().expect("fetch");
+        assert_eq!((shared.snapshot().requests, queue.tags.unsubmitted()), (u64::from(DEPTH), u32::from(DEPTH)));
+        queue.serve().expect("serve");
+        assert_eq!(queue.tags.unsubmitted(), 0);
+    }
 }

@@ -456,6 +456,13 @@ impl Tags {
     pub(crate) fn taken(&self) -> u32 {
         self.ring.taken()
     }
+
+    /// How many entries the kernel has not been shown.
+    #[cfg(test)]
+    pub(crate) fn unsubmitted(&self) -> u32 {
+        self.ring.tail.wrapping_sub(self.ring.head)
+    }
+
     /// Commits what was given back, waiting for more if some is out, and takes nothing new. Returns whether some is still
     /// out.
     pub(crate) fn settle(&mut self) -> io::Result<bool> {

@@ -141,7 +141,7 @@ pub(crate) fn sysfs_number(device: &Device, name: &str) -> u64 {
 }
 
 /// Waits until something holds, within a bound.
-pub(crate) fn eventually(what: &str, holds: impl Fn() -> bool) {
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(10);
     while !holds() {
         assert!(Instant::now() < deadline, "waited in vain: {what}");

@@ -19,10 +19,6 @@ use crate::stats::QueueShared;
 /// of each other; a driver that keeps some is one that somebody quiesces meanwhile.
 const ABORT_PATIENCE: Duration = Duration::from_millis(500);
 
-/// An abandoned queue closes its ring when nothing came for so long, or when it has waited for that so long.
-const QUIET: Duration = Duration::from_millis(10);
-const HOLD_PATIENCE: Duration = Duration::from_millis(200);
-
 /// A queue's request handler: the raw level of the three ways to write a ublk server.
 ///
 /// One value serves one queue, on that queue's thread. Each request must be completed once, now or later, in any
@@ -116,27 +112,11 @@ impl<H: Handler> Queue<H> {
     }
 
     /// Completes what is here or on loan, without a look at what comes in, and parks. What came in is served if the queue is to
-    /// finish. If not, it is fetched and left: before 6.16 what is on its way to a ring that is closed is lost, and with it the
-    /// device (docs/landmines.md), while the driver takes back what the server has.
+    /// finish. If not, it is left to the end of the tags.
     fn leave(&mut self) -> Result<(), Error> {
         while !self.tags.abandoned() && self.tags.settle().map_err(|error| self.failed(&error))? {}
         self.tags.park();
-        if self.tags.abandoned() { self.hold() } else { self.finish() }
-    }
-
-    /// Takes what is on its way, and keeps it, until nothing more comes: whoever sent it waits for it.
-    fn hold(&mut self) -> Result<(), Error> {
-        let until = Instant::now() + HOLD_PATIENCE;
-        self.enter(false)?;
-        loop {
-            while self.tags.next().is_some() {}
-            let taken = self.tags.taken();
-            self.tags.wait_at_most(QUIET).map_err(|error| self.failed(&error))?;
-            let quiet = self.tags.next().is_none() && self.tags.taken() == taken;
-            if quiet || Instant::now() >= until {
-                return Ok(());
-            }
-        }
+        if self.tags.abandoned() { self.enter(false) } else { self.finish() }
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU8, AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, poll};
@@ -32,6 +32,10 @@ const ABANDON: u8 = 2;
 const FINISH: u8 = 4;
 /// How long a queue that leaves waits for loans or orders at a time.
 const LEAVE_SLICE_MS: u8 = 50;
+
+/// Tags that the driver still has are left when nothing came for so long, or when that was waited for so long.
+const QUIET: Duration = Duration::from_millis(10);
+const KEEP_PATIENCE: Duration = Duration::from_millis(200);
 
 /// Who holds a tag.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -207,13 +211,21 @@ pub(crate) struct Tags {
     aborted: u32,
     /// The first completion that this code cannot serve past.
     failure: Option<(u64, i32)>,
+    /// Whether the driver was given the tags.
+    fetched: bool,
 }
 
 impl Drop for Tags {
     /// DEL waits for the character device, so it is let go of as early as can be: where the driver has ended every command.
+    /// Where it has not, because the server leaves, or failed, or panics, what is on its way is fetched first: before 6.16 what is
+    /// on its way to a ring that is closed is lost, and with it the device (docs/landmines.md), while the driver takes back what
+    /// the server has.
     fn drop(&mut self) {
         if self.all_aborted() {
             self.ring.release_files();
+        } else if self.fetched {
+            // A ring that cannot be entered has nothing more to give.
+            let _ = self.keep_what_comes();
         }
     }
 }
@@ -260,6 +272,7 @@ impl Tags {
             lent: 0,
             aborted: 0,
             failure: None,
+            fetched: false,
         })
     }
 
@@ -271,6 +284,22 @@ impl Tags {
             unsafe { self.ring.push(&fetch) };
         }
         self.arm_wake();
+        self.fetched = true;
+    }
+
+    /// Takes what is on its way, and keeps it, until nothing more comes: whoever sent it waits for it.
+    fn keep_what_comes(&mut self) -> io::Result<()> {
+        let until = Instant::now() + KEEP_PATIENCE;
+        self.ring.enter(0)?;
+        loop {
+            while self.next().is_some() {}
+            let taken = self.taken();
+            self.wait_at_most(QUIET)?;
+            let quiet = self.next().is_none() && self.taken() == taken;
+            if quiet || Instant::now() >= until {
+                return Ok(());
+            }
+        }
     }
 
     /// Gives a tag that is `owner`'s back to the driver with a result.

@@ -14,6 +14,7 @@ mod faults;
 mod flush_trace;
 mod geometry;
 mod handlers;
+mod handover;
 mod hangs;
 mod io;
 mod keeper;
@@ -21,6 +22,7 @@ mod kernel_log;
 mod notes;
 mod orphans;
 mod queues;
+mod recoverable;
 mod recovery;
 pub(crate) mod runner;
 mod scenarios;
@@ -49,6 +51,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         commands::cases(),
         orphans::cases(),
         recovery::cases(),
+        handover::cases(),
         scenarios::cases(),
         fault::cases(),
         suite::cases(),

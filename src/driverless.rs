@@ -12,7 +12,7 @@ use crate::backend::{Backend, SECTOR_SIZE};
 use crate::error::{Error, Result};
 use crate::queue::{Handler, Queue};
 use crate::ring::descriptors::Descriptors;
-use crate::ring::tags::{Copying, Shared, Tags};
+use crate::ring::tags::{AtEnd, Copying, Shared, Tags};
 use crate::stats::{QueueShared, QueueStats};
 use crate::sys::ublk::{self, IoDesc};
 use crate::workers::BackendHandler;
@@ -30,7 +30,7 @@ pub fn serve(depth: u16, write: bool, bytes: u32, requests: u64, handler: impl H
     let descriptor = IoDesc { op_flags, nr_sectors, start_sector: 0, addr: 0 };
     let descriptors = Descriptors::pretended(depth, descriptor).map_err(io)?;
     let buffers = Arc::new(Shared::new(depth, bytes.max(1) as usize).map_err(io)?);
-    let tags = Tags::new(0, depth, Copying::Driver, null, descriptors, buffers).map_err(io)?;
+    let tags = Tags::new(0, depth, Copying::Driver, AtEnd::Leave, null, descriptors, buffers).map_err(io)?;
     let shared = Arc::new(QueueShared::new(0, Arc::new(|_| {})));
     let mut queue = Queue::new(tags, Arc::clone(&shared), handler);
     queue.fetch()?;

@@ -19,9 +19,10 @@ use crate::params;
 use crate::queue::{Queue, setup_error};
 use crate::recovery::Patience;
 use crate::ring::descriptors::Descriptors;
-use crate::ring::tags::{self, Copying, Tags};
+use crate::ring::tags::{self, AtEnd, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
 use crate::sys::process::set_io_flusher;
+use crate::sys::ublk::Features;
 use crate::turn::Turn;
 use crate::workers::{Pool, Workers};
 
@@ -286,12 +287,15 @@ impl<S: Serve> QueueSetup<S> {
             DataMode::Copy => Copying::Driver,
             DataMode::UserCopy => Copying::User,
         };
-        let tags =
-            Tags::new(queue, depth, copying, self.character_device, descriptors, self.tags).map_err(|error| {
-                let plain = crate::ctrl::explain_ring(&error);
-                let message = format!("set up queue {queue}: {plain}");
-                plain.with_message(message).with_kind(ErrorKind::Queue)
-            })?;
+        // Linux 6.16 brought QUIESCE, and loses no requests any more.
+        let safe = self.controller.features().contains(Features::QUIESCE);
+        let at_end = if safe { AtEnd::Leave } else { AtEnd::Keep };
+        let tags = Tags::new(queue, depth, copying, at_end, self.character_device, descriptors, self.tags);
+        let tags = tags.map_err(|error| {
+            let plain = crate::ctrl::explain_ring(&error);
+            let message = format!("set up queue {queue}: {plain}");
+            plain.with_message(message).with_kind(ErrorKind::Queue)
+        })?;
         let mut queue = Queue::new(tags, self.shared, handler);
         let _ = ready.send(Ok(()));
         if !self.fetching.wait() {

@@ -108,7 +108,7 @@ impl<H: Handler> Queue<H> {
             }
             self.tags.wait_at_most(left).map_err(|error| self.failed(&error))?;
         }
-        self.enter(false)
+        self.submit()
     }
 
     /// Completes what is here or on loan, without a look at what comes in, and parks. What came in is served if the queue is to
@@ -116,11 +116,16 @@ impl<H: Handler> Queue<H> {
     fn leave(&mut self) -> Result<(), Error> {
         while !self.tags.abandoned() && self.tags.settle().map_err(|error| self.failed(&error))? {}
         self.tags.park();
-        if self.tags.abandoned() { self.enter(false) } else { self.finish() }
+        if self.tags.abandoned() { self.submit() } else { self.finish() }
     }
 
     fn enter(&mut self, block: bool) -> Result<(), Error> {
         self.tags.wait(block).map_err(|error| self.failed(&error))
+    }
+
+    /// Commits without taking what is on its way: that is for the next server.
+    fn submit(&mut self) -> Result<(), Error> {
+        self.tags.submit().map_err(|error| self.failed(&error))
     }
 
     #[cold]
@@ -167,7 +172,7 @@ pub(crate) fn setup_error(queue: u16, what: &str, error: &io::Error) -> Error {
 mod tests {
     use super::*;
     use crate::ring::descriptors::Descriptors;
-    use crate::ring::tags::{Copying, Shared};
+    use crate::ring::tags::{AtEnd, Copying, Shared};
     use crate::sys::ublk::IoDesc;
 
     /// What was completed before the order to end is not kept back: its applications would see errors for what is done.
@@ -177,7 +182,8 @@ mod tests {
         let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null").expect("open /dev/null");
         let descriptors = Descriptors::pretended(DEPTH, IoDesc::default()).expect("descriptors");
         let orders = Arc::new(Shared::new(DEPTH, 4096).expect("buffers"));
-        let tags = Tags::new(0, DEPTH, Copying::Driver, Arc::new(null), descriptors, Arc::clone(&orders));
+        let tags =
+            Tags::new(0, DEPTH, Copying::Driver, AtEnd::Leave, Arc::new(null), descriptors, Arc::clone(&orders));
         let shared = Arc::new(QueueShared::new(0, Arc::new(|_| {})));
         let abandon = Arc::clone(&orders);
         let handler = move |request: Request<'_>| {

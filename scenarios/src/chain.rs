@@ -85,6 +85,16 @@ pub(crate) const ENTRY: Entry = Entry::new::<Args>(
         about: "a proxy is one block off at the end of the device",
         arguments: &["--only", "load", "--plant", "off-by-one"],
     },
+    Plant {
+        name: "swallowed-error",
+        about: "a proxy takes errors of the device below for successes",
+        arguments: &["--only", "errors", "--plant", "swallowed-error"],
+    },
+    Plant {
+        name: "swallowed-error-closing",
+        about: "the same, once the device below is gone",
+        arguments: &["--only", "closing", "--plant", "swallowed-error"],
+    },
 ]);
 
 /// How many operations each worker keeps in flight.
@@ -122,6 +132,7 @@ enum Broken {
     ShornWrite,
     FlatErrno,
     OffByOne,
+    SwallowedError,
 }
 
 impl Broken {
@@ -134,6 +145,8 @@ impl Broken {
             Self::ShornWrite => TargetArgs { mutant: mutant(Mutant::ShornWrite, 3), ..args },
             Self::FlatErrno => TargetArgs { lie: Some(Lie::ErrnoLost), ..args },
             Self::OffByOne => TargetArgs { lie: Some(Lie::OffByOne), ..args },
+            // As rarely as can be of its own: those of the device below are meant.
+            Self::SwallowedError => TargetArgs { mutant: mutant(Mutant::ErrorSwallowed, u64::MAX), ..args },
         }
     }
 }

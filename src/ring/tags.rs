@@ -187,6 +187,16 @@ pub(crate) enum Copying {
     User,
 }
 
+/// What is done with requests that are on their way to the ring when it ends before the device does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum AtEnd {
+    /// They are left to the driver, which sends them to the next server or fails them.
+    Leave,
+    /// They are fetched, so that the driver fails or requeues them as the server's. Before 6.16 what is on its way to a ring that is
+    /// closed is lost, and with it the device (docs/landmines.md).
+    Keep,
+}
+
 /// What is kept per tag.
 #[derive(Clone, Copy, Debug)]
 struct Slot {
@@ -213,19 +223,21 @@ pub(crate) struct Tags {
     failure: Option<(u64, i32)>,
     /// Whether the driver was given the tags.
     fetched: bool,
+    at_end: AtEnd,
 }
 
 impl Drop for Tags {
     /// DEL waits for the character device, so it is let go of as early as can be: where the driver has ended every command.
-    /// Where it has not, because the server leaves, or failed, or panics, what is on its way is fetched first: before 6.16 what is
-    /// on its way to a ring that is closed is lost, and with it the device (docs/landmines.md), while the driver takes back what
-    /// the server has.
+    /// Where it has not, because the server leaves, or failed, or panics, what is completed is told.
     fn drop(&mut self) {
         if self.all_aborted() {
             self.ring.release_files();
         } else if self.fetched {
-            // A ring that cannot be entered has nothing more to give.
-            let _ = self.keep_what_comes();
+            // A ring that cannot be entered has nothing more to give or to take.
+            let _ = match self.at_end {
+                AtEnd::Leave => self.submit(),
+                AtEnd::Keep => self.keep_what_comes(),
+            };
         }
     }
 }
@@ -236,6 +248,7 @@ impl Tags {
         queue: u16,
         depth: u16,
         copying: Copying,
+        at_end: AtEnd,
         character_device: Arc<File>,
         descriptors: Descriptors,
         shared: Arc<Shared>,
@@ -273,6 +286,7 @@ impl Tags {
             aborted: 0,
             failure: None,
             fetched: false,
+            at_end,
         })
     }
 
@@ -285,6 +299,11 @@ impl Tags {
         }
         self.arm_wake();
         self.fetched = true;
+    }
+
+    /// Commits what is completed, and takes nothing.
+    pub(crate) fn submit(&mut self) -> io::Result<()> {
+        self.ring.submit()
     }
 
     /// Takes what is on its way, and keeps it, until nothing more comes: whoever sent it waits for it.
@@ -540,7 +559,7 @@ mod tests {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null").expect("open /dev/null");
         let shared = Arc::new(Shared::new(depth, 4096).expect("buffers"));
         let descriptors = Descriptors::pretended(depth, IoDesc::default()).expect("descriptors");
-        Tags::new(0, depth, Copying::Driver, Arc::new(null), descriptors, shared).ok()
+        Tags::new(0, depth, Copying::Driver, AtEnd::Leave, Arc::new(null), descriptors, shared).ok()
     }
 
     #[test]

@@ -209,6 +209,8 @@ impl Worker {
             0..5 => OpKind::Read,
             5..13 => OpKind::Write,
             13..15 => OpKind::WriteFua,
+            // The kernel sends a queue one flush at a time: a second one would have a tag that no server ever sees.
+            _ if self.flights.iter().flatten().any(|flight| flight.kind == OpKind::Flush) => OpKind::Write,
             _ => OpKind::Flush,
         };
         let blocks = self.rng.within(1..=BLOCKS_MAX);

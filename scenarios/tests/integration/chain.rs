@@ -15,6 +15,8 @@ cases!("chain":
     a_fua_that_is_dropped_is_found_one_by_one in 60 s,
     a_flush_that_is_swallowed_is_found_by_a_power_cut in 60 s,
     a_write_that_is_cut_short_is_found_by_the_file_system in 60 s,
+    an_error_that_is_swallowed_is_found_errno_by_errno in 60 s,
+    an_error_that_is_swallowed_is_found_when_the_bottom_is_gone in 60 s,
 );
 
 fn two_links_in_one_process_pass() {
@@ -64,4 +66,12 @@ fn a_flush_that_is_swallowed_is_found_by_a_power_cut() {
 
 fn a_write_that_is_cut_short_is_found_by_the_file_system() {
     verdict("chain --seed 11 --links 2 --size 64M --only files --plant shorn-write", 2);
+}
+
+fn an_error_that_is_swallowed_is_found_errno_by_errno() {
+    verdict("chain --seed 12 --links 2 --size 64M --only errors --plant swallowed-error", 2);
+}
+
+fn an_error_that_is_swallowed_is_found_when_the_bottom_is_gone() {
+    verdict("chain --seed 13 --links 2 --size 64M --only closing --plant swallowed-error", 2);
 }

@@ -111,7 +111,7 @@ fn is_mounted() -> bool {
 fn what_a_lost_run_changed_it_puts_back() {
     let before = setting();
     // The kernel is waited for longer than any step may take.
-    verdict("flush-trace --size 32M --rounds 1 --writeback-age 50s --deadline 10s", 3);
+    verdict("flush-trace --size 32M --rounds 1 --writeback-age 50s --deadline 6s", 3);
     // Another process unmounts, for whom a run that is lost does not wait for long.
     let until = Instant::now() + Duration::from_secs(10);
     while is_mounted() && Instant::now() < until {

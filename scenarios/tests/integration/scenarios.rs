@@ -52,12 +52,12 @@ fn passes(arguments: &str) {
 }
 
 fn torture_passes_copied_by_the_driver_inline() {
-    passes("torture --seed 1 --duration 3s --size 64M");
+    passes("torture --seed 1 --duration 2s --size 64M");
 }
 
 fn torture_passes_copied_by_the_server_with_workers_over_a_file() {
     passes(
-        "torture --seed 2 --duration 3s --size 64M --backend file --mode user-copy --queues 2 --workers-backend 4",
+        "torture --seed 2 --duration 2s --size 64M --backend file --mode user-copy --queues 2 --workers-backend 4",
     );
 }
 

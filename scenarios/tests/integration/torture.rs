@@ -41,16 +41,16 @@ fn finds(arguments: &str) {
 }
 
 fn overlapping_workers_pass_inline() {
-    let verdict = passes("--seed 1 --duration 3s --sharing overlapping");
+    let verdict = passes("--seed 1 --duration 2s --sharing overlapping");
     assert!(count(&verdict, "overlaps") > 10, "{verdict}");
 }
 
 fn overlapping_workers_pass_on_two_queues_with_workers() {
-    passes("--seed 2 --duration 3s --queues 2 --workers-backend 4 --sharing both");
+    passes("--seed 2 --duration 2s --queues 2 --workers-backend 4 --sharing both");
 }
 
 fn overlapping_workers_pass_copied_by_the_server() {
-    passes("--seed 3 --duration 3s --mode user-copy --backend file --sharing overlapping");
+    passes("--seed 3 --duration 2s --mode user-copy --backend file --sharing overlapping");
 }
 
 fn overlapping_workers_find_a_stale_cache() {
@@ -90,11 +90,11 @@ fn swapped_tags_are_found() {
 }
 
 fn a_dropped_completion_is_a_hang() {
-    verdict(&format!("torture {SMALL} --seed 12 --duration 30s --stall 5s --mutant cqe-dropped"), 3);
+    verdict(&format!("torture {SMALL} --seed 12 --duration 30s --stall 3s --mutant cqe-dropped"), 3);
 }
 
 fn a_read_only_device_takes_nothing() {
-    let verdict = passes("--seed 21 --duration 3s --read-only");
+    let verdict = passes("--seed 21 --duration 2s --read-only");
     assert!(count(&verdict, "refusals") >= 18 && count(&verdict, "reads") > 100, "{verdict}");
     assert_eq!(count(&verdict, "discards"), 0, "{verdict}");
 }

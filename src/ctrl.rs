@@ -12,7 +12,7 @@ use nix::errno::Errno;
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::recovery::Recovery;
-use crate::ring::command::{CommandRing, Outcome};
+use crate::ring::command::{CommandRing, Outcome, Pace};
 use crate::sys::ublk::{self, CtrlCmd, DevInfo, Features, Params, Plain};
 use crate::writeback;
 
@@ -506,22 +506,24 @@ impl Controller {
         called_off: &dyn Fn() -> bool,
     ) -> Result<(i32, Box<[u8]>)> {
         let what = format!("{verb} device {}", command.dev_id);
-        self.run_until(&what, operation, command, payload, deadline, called_off)
+        self.run_at(&what, operation, command, payload, Pace::Waiting(deadline), called_off)
     }
 
+    /// A command that waits for nothing.
     fn run(&self, what: &str, operation: u32, command: CtrlCmd, payload: Box<[u8]>) -> Result<(i32, Box<[u8]>)> {
-        self.run_until(what, operation, command, payload, COMMAND_DEADLINE, &|| false)
+        self.run_at(what, operation, command, payload, Pace::Prompt(COMMAND_DEADLINE), &|| false)
     }
 
-    fn run_until(
+    fn run_at(
         &self,
         what: &str,
         operation: u32,
         command: CtrlCmd,
         payload: Box<[u8]>,
-        deadline: Duration,
+        pace: Pace,
         called_off: &dyn Fn() -> bool,
     ) -> Result<(i32, Box<[u8]>)> {
+        let (Pace::Waiting(deadline) | Pace::Prompt(deadline)) = pace;
         let number = ublk::legacy(operation);
         let operation = match self.encoding {
             Encoding::Ioctl => operation,
@@ -534,7 +536,7 @@ impl Controller {
         };
         let given = Instant::now();
         let (outcome, ring) = ring
-            .run(&self.control, operation, command, payload, given + deadline, called_off)
+            .run(&self.control, operation, command, payload, pace, called_off)
             .map_err(|error| Error::io(&error, what))?;
         if let Some(cost) = self.costs.get(number as usize) {
             cost.count.fetch_add(1, Ordering::Relaxed);
@@ -546,9 +548,9 @@ impl Controller {
         match outcome {
             Outcome::Answered(result, payload) if result >= 0 => Ok((result, payload)),
             // A command that finished while it was being called off is finished.
-            Outcome::CalledOff(result) if result >= 0 => Ok((result, Box::default())),
+            Outcome::CalledOff(result, payload) if result >= 0 => Ok((result, payload)),
             Outcome::Answered(result, _) => Err(Error::kernel(Errno::from_raw(-result), what)),
-            Outcome::CalledOff(_) => Err(Error::new(
+            Outcome::CalledOff(..) => Err(Error::new(
                 ErrorKind::TimedOut,
                 format!("{what}: not done within {deadline:?}; the command was cancelled"),
             )),

@@ -24,13 +24,13 @@
 //!
 //! This module is there with the feature `raw`.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use crate::ring::raw::{Address, BatchCommand, Completion, Descriptors, IoChannel, IoCommand};
 
 use crate::ctrl::{Controller, explain_ring};
 use crate::error::{Error, Result};
-use crate::ring::command::{CommandRing, Memory, Outcome};
+use crate::ring::command::{CommandRing, Memory, Outcome, Pace};
 use crate::sys::ublk::{CtrlCmd, DevInfo, Params, Plain};
 
 /// What the address and the length of a control command name.
@@ -130,13 +130,12 @@ impl Controller {
         };
         let ring = if command.narrow { CommandRing::narrow() } else { CommandRing::new() };
         let ring = ring.map_err(|error| explain_ring(&error))?;
-        let until = Instant::now() + deadline;
         let (outcome, _) = ring
-            .run_with(self.control(), command.operation, header, memory, until, called_off)
+            .run_with(self.control(), command.operation, header, memory, Pace::Waiting(deadline), called_off)
             .map_err(|error| Error::io(&error, format_args!("send the command {:#x}", command.operation)))?;
         Ok(match outcome {
             Outcome::Answered(result, payload) => RawOutcome::Answered { result, payload: payload.into_vec() },
-            Outcome::CalledOff(result) => RawOutcome::Cancelled(result),
+            Outcome::CalledOff(result, _) => RawOutcome::Cancelled(result),
             Outcome::Stuck => RawOutcome::Stuck,
         })
     }

@@ -5,6 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
+
 use super::{Kind, Ring};
 use crate::sys::ublk::CtrlCmd;
 use crate::sys::uring::{self, Sqe};
@@ -14,18 +16,34 @@ const SLICE: Duration = Duration::from_millis(20);
 /// How long a called-off command may take to come back before its ring and payload are given up.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
 
+/// A command that never waits for anything, and has not been answered for so long, is likely not to have begun.
+const URGE_AFTER: Duration = Duration::from_secs(1);
+
 const COMMAND: u64 = 1;
 const CANCEL: u64 = 2;
+const URGE: u64 = 3;
 
 /// How a command ended.
 #[derive(Debug)]
 pub(crate) enum Outcome {
     /// The kernel answered: its result (negative errno), and the payload as the kernel left it.
     Answered(i32, Box<[u8]>),
-    /// The deadline passed, or the command was called off, and the kernel has let go of it since.
-    CalledOff(i32),
+    /// The deadline passed, or the command was called off, and the kernel has let go of it since: its result, and the payload as
+    /// the kernel left it.
+    CalledOff(i32, Box<[u8]>),
     /// As above, but the kernel still holds the command: its payload, if it has one, is leaked on purpose with its ring.
     Stuck,
+}
+
+/// How long a command may take, and whether it waits for others in that time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// It does.
+    Waiting(Duration),
+    /// It does not. Kernels sometimes leave a command in the queue of their worker pool for seconds, with no worker for it
+    /// (docs/landmines.md): if it is not answered, it is cancelled once a second, and given again if it had not begun. One that has
+    /// begun is not disturbed by that.
+    Prompt(Duration),
 }
 
 /// A ring for control commands.
@@ -77,12 +95,12 @@ impl CommandRing {
         operation: u32,
         command: CtrlCmd,
         payload: Box<[u8]>,
-        deadline: Instant,
+        pace: Pace,
         called_off: &dyn Fn() -> bool,
     ) -> io::Result<(Outcome, Option<Self>)> {
         let len = payload.len() as u16;
         let command = CtrlCmd { len, ..command };
-        self.run_with(control, operation, command, Memory::Payload(payload), deadline, called_off)
+        self.run_with(control, operation, command, Memory::Payload(payload), pace, called_off)
     }
 
     /// As [`run`](Self::run), of a command whose length is given, with memory of any kind.
@@ -92,7 +110,7 @@ impl CommandRing {
         operation: u32,
         mut command: CtrlCmd,
         memory: Memory,
-        deadline: Instant,
+        pace: Pace,
         called_off: &dyn Fn() -> bool,
     ) -> io::Result<(Outcome, Option<Self>)> {
         let mut payload = match memory {
@@ -124,6 +142,11 @@ impl CommandRing {
         let mut answer = None;
         let mut pending = 1;
         let mut cancel_until = None;
+        let given = Instant::now();
+        let (deadline, mut urge_at) = match pace {
+            Pace::Waiting(limit) => (given + limit, None),
+            Pace::Prompt(limit) => (given + limit, Some(given + URGE_AFTER)),
+        };
         loop {
             let now = Instant::now();
             let limit = cancel_until.unwrap_or(deadline);
@@ -131,18 +154,17 @@ impl CommandRing {
                 break;
             }
             if cancel_until.is_none() && (now >= deadline || called_off()) {
-                let cancel = Sqe {
-                    opcode: uring::OP_ASYNC_CANCEL,
-                    fd: -1,
-                    addr: COMMAND,
-                    user_data: CANCEL,
-                    ..Sqe::default()
-                };
                 // SAFETY: a cancel names no memory: its `addr` is the user data of what it cancels.
-                unsafe { self.push(&cancel, [0; 8]) };
+                unsafe { self.push(&cancel(CANCEL), [0; 8]) };
                 pending += 1;
                 cancel_until = Some(now + CANCEL_PATIENCE);
                 continue;
+            }
+            if cancel_until.is_none() && answer.is_none() && urge_at.is_some_and(|at| now >= at) {
+                // SAFETY: as above.
+                unsafe { self.push(&cancel(URGE), [0; 8]) };
+                pending += 1;
+                urge_at = Some(now + URGE_AFTER);
             }
             let slice = limit.saturating_duration_since(now).min(SLICE).max(Duration::from_micros(1));
             if let Err(error) = self.ring.enter_timeout(1, slice) {
@@ -152,7 +174,14 @@ impl CommandRing {
             }
             while let Some(cqe) = self.ring.next() {
                 pending -= 1;
-                if cqe.user_data == COMMAND {
+                if cqe.user_data != COMMAND {
+                    continue;
+                }
+                if cqe.result == -(Errno::ECANCELED as i32) && urge_at.is_some() && cancel_until.is_none() {
+                    // SAFETY: as before: the kernel has let go of it, and gets it again.
+                    unsafe { self.push(&entry, rest) };
+                    pending += 1;
+                } else {
                     answer = Some(cqe.result);
                 }
             }
@@ -164,7 +193,7 @@ impl CommandRing {
             (Some(result), None) => Ok((Outcome::Answered(result, payload), Some(self))),
             (Some(result), Some(_)) => {
                 // A cancel that is still under way would answer the next command's wait.
-                Ok((Outcome::CalledOff(result), (pending == 0).then_some(self)))
+                Ok((Outcome::CalledOff(result, payload), (pending == 0).then_some(self)))
             }
             (None, _) => {
                 // Without a payload the kernel holds nothing of this process, and ends the ring when the command ends.
@@ -175,4 +204,9 @@ impl CommandRing {
             }
         }
     }
+}
+
+/// Cancels the command; `user_data` is the cancel's own.
+fn cancel(user_data: u64) -> Sqe {
+    Sqe { opcode: uring::OP_ASYNC_CANCEL, fd: -1, addr: COMMAND, user_data, ..Sqe::default() }
 }

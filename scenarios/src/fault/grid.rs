@@ -249,7 +249,7 @@ mod tests {
     /// An operation that the kernel tries again for as long as it fails would never end.
     #[test]
     fn what_is_submitted_again_is_done_some_time() {
-        let again = whole().into_iter().filter(|cell| cell.is_submitted_again());
+        let again = whole().into_iter().filter(Cell::is_submitted_again);
         let mut count = 0;
         for cell in again {
             let plan = cell.plan(SectorRange::new(0, 2048), SectorRange::new(4096, 2048));

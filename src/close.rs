@@ -142,11 +142,11 @@ impl Device {
                 serving.abandon();
                 // A queue that is inside the backend cannot give it up: another STOP, or a DEL, would only wait in the
                 // kernel for the first one, and with DEL every other device of the machine for that.
-                serving.join_queues(&self.health, Instant::now() + JOIN_DEADLINE)?;
+                serving.join_queues(&self.health, Instant::now() + deadlines.grace())?;
                 self.controller.stop(self.id(), JOIN_DEADLINE)?;
             }
         }
-        let joined = serving.join(&self.health, Instant::now() + JOIN_DEADLINE);
+        let joined = serving.join(&self.health, Instant::now() + deadlines.grace());
         if !serving.queues_ended() {
             return joined.and(Err(still_inside("a queue")));
         }
@@ -175,7 +175,7 @@ impl Device {
         if !(self.is_anothers(&info) || waits && self.health.has_given_up()) {
             return Ok(None);
         }
-        let joined = serving.join(&self.health, until.max(Instant::now() + JOIN_DEADLINE));
+        let joined = serving.join(&self.health, until.max(Instant::now() + self.deadlines.grace()));
         // A worker that is stuck holds nothing of the device's.
         if serving.queues_ended() { Ok(Some(info.state())) } else { joined.and(Err(still_inside("a queue"))) }
     }

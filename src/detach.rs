@@ -124,7 +124,7 @@ impl Device {
         if !self.health.have_ended() {
             self.let_go(&serving, ours, until)?;
         }
-        let joined = serving.join(&self.health, until.max(Instant::now() + JOIN_DEADLINE));
+        let joined = serving.join(&self.health, until.max(Instant::now() + self.deadlines.grace()));
         if !serving.queues_ended() {
             return joined.and(Err(crate::device::still_inside("a queue")));
         }

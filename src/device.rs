@@ -131,6 +131,13 @@ pub(crate) struct Deadlines {
     pub(crate) delete: Duration,
 }
 
+impl Deadlines {
+    /// How long threads may take to end once they were told to: no longer than whoever bounds the stop is patient.
+    pub(crate) fn grace(&self) -> Duration {
+        self.stop.min(JOIN_DEADLINE)
+    }
+}
+
 impl Default for Deadlines {
     fn default() -> Self {
         Self { start: Duration::from_secs(30), stop: Duration::from_secs(30), delete: Duration::from_secs(3) }

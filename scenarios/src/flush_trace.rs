@@ -190,6 +190,8 @@ impl Args {
         let s = Duration::from_secs;
         let trace = context.step("watch", s(20), |_| Trace::start(&target.path()))?;
         let since = nanoseconds();
+        // Before anything is dirty: the kernel's next look at a device is set for when it first had something to write back.
+        let _until_the_end = self.writeback_age.map(|age| WritebackAge::set(context, age)).transpose()?;
         context.step("mkfs", s(120), |context| make(context, target))?;
         let mounted = context.step("mount", s(60), |context| Mounted::mount(context, &target.path()))?;
         let played = self.play(context, target, mounted.path());
@@ -259,7 +261,6 @@ impl Args {
     }
 
     fn play(&self, context: &mut Context, target: &Target, dir: &Path) -> Result<Vec<Played>, Failure> {
-        let _until_the_end = self.writeback_age.map(|age| WritebackAge::set(context, age)).transpose()?;
         let age = WritebackAge::of_this_machine()?.ok_or_else(|| {
             Failure::Environment(
                 "this kernel does not write back by itself (vm.dirty_writeback_centisecs is 0): add --writeback-age 2s"

@@ -152,7 +152,7 @@ impl Ended {
 }
 
 const SECONDS_3: Duration = Duration::from_secs(3);
-const SECONDS_6: Duration = Duration::from_secs(6);
+const SECONDS_4: Duration = Duration::from_secs(4);
 
 fn a_backend_that_never_returns() {
     let ended =
@@ -175,7 +175,7 @@ fn a_handler_that_never_returns() {
 }
 
 fn a_queue_that_never_fetches() {
-    let ended = Run::start("--hang start --deadline 6s").hangs(Since::Step("start"), SECONDS_6);
+    let ended = Run::start("--hang start --deadline 4s").hangs(Since::Step("start"), SECONDS_4);
     ended.stands_in("ublk", "never_returns");
     ended.stands_in("ublk-torture", "serve");
     ended.says("driver: ", "DeviceInfo");
@@ -183,8 +183,8 @@ fn a_queue_that_never_fetches() {
 
 /// The reader sleeps uninterruptibly and cannot be stopped: where it came from is told all the same.
 fn a_read_that_is_never_answered() {
-    let ended = Run::start("--hang read --ops 20 --deadline 6s")
-        .hangs(Since::Step("verify through a second opening"), SECONDS_6);
+    let ended = Run::start("--hang read --ops 20 --deadline 4s")
+        .hangs(Since::Step("verify through a second opening"), SECONDS_4);
     ended.stands_in("ublk", "never_returns");
     // Of a thread that the kernel keeps, a part of the way back is not always found.
     ended.stands_in("ublk-torture", "read_at");
@@ -194,7 +194,7 @@ fn a_read_that_is_never_answered() {
 
 fn a_stop_behind_a_held_request() {
     let ended =
-        Run::start("--hang stop --ops 20 --deadline 6s --workers-backend 2").hangs(Since::Step("close"), SECONDS_6);
+        Run::start("--hang stop --ops 20 --deadline 4s --workers-backend 2").hangs(Since::Step("close"), SECONDS_4);
     ended.stands_in("ublk", "never_returns");
     ended.waits("in flight: server", 1.0);
     let events = std::fs::read_to_string(ended.report.path().join("events.jsonl")).expect("events");
@@ -210,7 +210,7 @@ fn a_worker_that_never_comes_back() {
 /// Everything is done and right by then, and it is a hang all the same.
 fn a_server_that_does_not_end() {
     let before = ids();
-    verdict("torture --seed 3 --size 16M --faults none --hang end --ops 400 --deadline 6s", 3);
+    verdict("torture --seed 3 --size 16M --faults none --hang end --ops 400 --deadline 5s", 3);
     let settled = Instant::now() + Duration::from_secs(5);
     while ids() != before {
         assert!(Instant::now() < settled, "a device is left: {:?}", ids());

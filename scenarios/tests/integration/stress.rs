@@ -110,7 +110,7 @@ fn a_duration_is_how_long_it_goes_on() {
 
 fn what_is_lost_in_flight_is_found() {
     finds("io-while-close --seed 9 --rounds 1 --plant lost-in-flight", "mismatch", "");
-    let verdict = verdict("stress io-while-close --seed 9 --rounds 1 --plant forgotten-request", 3);
+    let verdict = verdict("stress io-while-close --seed 9 --rounds 1 --plant forgotten-request --deadline 6s", 3);
     assert_eq!(verdict["verdict"], "hang", "{verdict}");
 }
 

@@ -29,6 +29,8 @@ const DIRECTOR: u32 = u32::MAX;
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) done: AtomicU64,
+    /// Of those, flushes.
+    pub(super) flushed: AtomicU64,
     /// Of those, the ones that were in flight while nobody served.
     pub(super) survived: AtomicU64,
     pub(super) failed: AtomicU64,
@@ -111,6 +113,9 @@ impl Book {
             // Its server may be at it still.
             _ if at_large && kind != OpKind::Read => lock(&self.limbo).push(ticket),
             _ => lock(&self.ledger).end(ticket, Outcome::Failed),
+        }
+        if kind == OpKind::Flush && how == Ended::Done {
+            tally.flushed.fetch_add(1, Ordering::Relaxed);
         }
         let counter = match judged {
             Judged::Fine | Judged::Wrong(_) => &tally.done,

@@ -24,6 +24,8 @@ use crate::scenario::Failure;
 
 /// The longest operation, in blocks.
 const BLOCKS_MAX: u64 = 4;
+/// How many flushes a load has done before it counts as under way.
+const FLUSHES: u64 = 2;
 /// How long one wait for completions lasts before a worker looks around.
 const LOOK_AROUND: Duration = Duration::from_millis(20);
 /// How long a worker waits before it tries again where it was turned away.
@@ -101,11 +103,14 @@ impl Load {
         Ok(this)
     }
 
-    /// Waits until so many more operations were done.
+    /// Waits until so many more operations were done, two flushes among them: what was never flushed is promised to nobody.
     pub(super) fn warm_up(&self, operations: u64) -> Result<(), Failure> {
-        let done = || self.book.tally.done.load(Ordering::Relaxed);
-        let enough = done() + operations;
-        self.wait_until(&format!("{operations} more operations were done"), || done() >= enough)
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let tally = &self.book.tally;
+        let (done, flushed) = (count(&tally.done) + operations, count(&tally.flushed) + FLUSHES);
+        self.wait_until(&format!("{operations} more operations and {FLUSHES} flushes were done"), || {
+            count(&tally.done) >= done && count(&tally.flushed) >= flushed
+        })
     }
 
     /// Operations in flight now.

@@ -23,6 +23,7 @@ use super::process::{Killed, Process};
 use super::protocol::{Command, Hold, Kind, Stage, What};
 use super::timeline::Ended;
 use crate::clock::nanoseconds;
+use crate::gates;
 use crate::runner::no_thread;
 use crate::scenario::Failure;
 use crate::sysfs::CharDir;
@@ -489,6 +490,17 @@ impl Cell<'_> {
         self.delete()
     }
 
+    /// How many blocks to leave dirty: more than the device has tags, where a server may die with all of them in hand.
+    fn dirty_blocks(&mut self) -> u64 {
+        let (_, depth) = self.granted.unwrap_or((1, 1));
+        let name = format!("{} × {}: more dirty pages than a queue has tags", name(&self.point), name(&self.mode));
+        if self.context.gated(&gates::FULL_QUEUE, &name) {
+            u64::from(depth.saturating_sub(1).max(1))
+        } else {
+            DIRTY_BLOCKS
+        }
+    }
+
     /// Writes through the page cache, where it stays.
     fn make_dirty(&mut self) -> Result<(File, Vec<(ublkit_harness::ledger::Ticket, u64)>), Failure> {
         let path = block_path(self.id);
@@ -496,7 +508,7 @@ impl Cell<'_> {
         let file = file.map_err(|error| Failure::io("open the device", &error))?;
         let mut tickets = Vec::new();
         let mut buf = vec![0; super::store::BLOCK];
-        for index in 0..DIRTY_BLOCKS {
+        for index in 0..self.dirty_blocks() {
             let block = self.rng.below(self.book.bytes / super::store::BLOCK as u64);
             let range = SectorRange::new(block * BLOCK_SECTORS, BLOCK_SECTORS);
             let began = nanoseconds();

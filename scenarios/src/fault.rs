@@ -341,7 +341,7 @@ mod tests {
             let of_many: std::collections::BTreeSet<_> = rounds[0].iter().map(|cell| cell.op).collect();
             assert!(of_many.len() > 2, "{grid}: {of_many:?}");
         }
-        assert!(cells("--grid whole", 1, 1).len() > 1850);
+        assert_eq!(cells("--grid whole", 1, 1).len(), 1898);
     }
 
     #[test]

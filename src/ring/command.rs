@@ -15,7 +15,6 @@ use crate::sys::uring::{self, Sqe};
 const SLICE: Duration = Duration::from_millis(20);
 /// How long a called-off command may take to come back before its ring and payload are given up.
 const CANCEL_PATIENCE: Duration = Duration::from_secs(1);
-
 /// A command that never waits for anything, and has not been answered for so long, is likely not to have begun.
 const URGE_AFTER: Duration = Duration::from_secs(1);
 

@@ -22,7 +22,7 @@ cases!("start":
     an_id_of_ones_own,
     every_data_mode_is_granted_as_asked,
     locked_buffers,
-    twenty_cycles_leave_nothing in 120 s,
+    fifty_cycles_leave_nothing in 120 s,
     eight_devices_side_by_side in 60 s,
 );
 
@@ -180,11 +180,11 @@ fn cycle(round: u64) {
     assert!(!device.path().exists());
 }
 
-fn twenty_cycles_leave_nothing() {
+fn fifty_cycles_leave_nothing() {
     // The first ones may leave what a process needs once: stacks that are kept, the allocator's arenas.
     (0..4).for_each(cycle);
     let (footprint, maps_before) = (Footprint::now(), maps());
-    (0..20).for_each(cycle);
+    (0..50).for_each(cycle);
     assert_eq!(footprint.left_behind(), None);
     client::eventually("the memory maps are gone", || maps() <= maps_before + 8);
 }

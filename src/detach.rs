@@ -50,7 +50,8 @@ impl Device {
     /// [recovery mode](crate::DeviceBuilder::recovery).
     ///
     /// Requests that this server has are completed before it lets go. What comes after that waits for the next server, or
-    /// fails at once with [`Recovery::FailIo`]. A request that the backend does not finish within the
+    /// fails at once with [`Recovery::FailIo`]. Who opens or closes the device meanwhile may wait as well: the kernel's look
+    /// for partitions holds them up, and on kernels since 6.18 comes some time after the start. A request that the backend does not finish within the
     /// [stop's deadline](crate::DeviceBuilder::stop_deadline) is left to the mode, as if the server had been killed: it fails
     /// with `EIO`, or with [`Recovery::Reissue`] is issued again.
     ///

@@ -134,8 +134,9 @@ pub(super) fn ended(keeper: &Keeper, id: u32) {
     client::close(&builder(&disk).id(id).start().expect("the id can be used again"));
 }
 
-/// A device of this process that waits for another server, its backend, and somebody who has it open. To open it now may be
-/// to wait: since 6.18 the kernel looks for partitions some time after the start, and nobody opens the device meanwhile.
+/// A device of this process that waits for another server, its backend, and somebody who has it open. To open it now, or to
+/// close it, may be to wait for that server: since 6.18 the kernel looks for partitions some time after the start, and holds
+/// up whoever opens or closes the device meanwhile.
 pub(super) fn detached(mode: Recovery) -> (Arc<Disk>, u32, File) {
     let disk = Disk::new(Geometry::bytes(SIZE));
     let device = builder(&disk).queues(2).recovery(mode).start().expect("start");

@@ -120,7 +120,11 @@ fn run(case: &Case) -> Result<(), Failed> {
             let _ = thread.join();
             result.err().map(|payload| message_of(&*payload)).into_iter().collect()
         }
-        Err(_) => vec![format!("not done within {:?}:\n{}", case.deadline, stacks(std::process::id()))],
+        Err(_) => {
+            let problem = format!("not done within {:?}:\n{}", case.deadline, stacks(std::process::id()));
+            before.delete_the_rest();
+            vec![problem]
+        }
     };
     problems.extend(before.left_behind());
     problems.extend(kernel_complaints(&mut log));
@@ -175,6 +179,16 @@ impl Footprint {
 
     fn exceeds(&self, other: &Self) -> bool {
         !self.ids.is_subset(&other.ids) || self.threads > other.threads || self.descriptors > other.descriptors
+    }
+
+    /// Has devices that have appeared since deleted. Whoever waits for one that nobody serves waits in the kernel, where no
+    /// signal is heard, and keeps this process from ending.
+    fn delete_the_rest(&self) {
+        let Ok(controller) = Controller::open() else { return };
+        for &id in ids().difference(&self.ids) {
+            let stopped = controller.stop(id, SETTLE);
+            eprintln!("a trial left device {id}: {stopped:?}, {:?}", controller.delete_async(id));
+        }
     }
 
     /// What there is more of than at the time of `self`, after a while of patience.

@@ -104,7 +104,7 @@ impl CommandRing {
 
     /// As [`run`](Self::run), of a command whose length is given, with memory of any kind.
     pub(crate) fn run_with(
-        mut self,
+        self,
         control: &File,
         operation: u32,
         mut command: CtrlCmd,
@@ -134,10 +134,24 @@ impl CommandRing {
             ..Sqe::default()
         };
         let rest = [words[2], words[3], 0, 0, 0, 0, 0, 0];
-        // SAFETY: the only memory named is `payload`, which stays where it is until the kernel has answered, or is leaked below
-        // when it does not; or memory that nobody can write to.
-        unsafe { self.push(&entry, rest) };
+        // SAFETY: the only memory named is `payload`, or memory that nobody can write to.
+        unsafe { self.give(&entry, rest, payload, pace, called_off) }
+    }
 
+    /// Gives the kernel this entry, whose user data is [`COMMAND`], and waits for the answer.
+    ///
+    /// # Safety
+    /// As [`push`](Self::push), of an entry that names no other memory than `payload`.
+    unsafe fn give(
+        mut self,
+        entry: &Sqe,
+        rest: [u64; 8],
+        payload: Box<[u8]>,
+        pace: Pace,
+        called_off: &dyn Fn() -> bool,
+    ) -> io::Result<(Outcome, Option<Self>)> {
+        // SAFETY: the payload stays where it is until the kernel has answered, or is leaked below when it does not.
+        unsafe { self.push(entry, rest) };
         let mut answer = None;
         let mut pending = 1;
         let mut cancel_until = None;
@@ -178,7 +192,7 @@ impl CommandRing {
                 }
                 if cqe.result == -(Errno::ECANCELED as i32) && urge_at.is_some() && cancel_until.is_none() {
                     // SAFETY: as before: the kernel has let go of it, and gets it again.
-                    unsafe { self.push(&entry, rest) };
+                    unsafe { self.push(entry, rest) };
                     pending += 1;
                 } else {
                     answer = Some(cqe.result);
@@ -208,4 +222,73 @@ impl CommandRing {
 /// Cancels the command; `user_data` is the cancel's own.
 fn cancel(user_data: u64) -> Sqe {
     Sqe { opcode: uring::OP_ASYNC_CANCEL, fd: -1, addr: COMMAND, user_data, ..Sqe::default() }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{PipeReader, Write, pipe};
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_secs(10);
+
+    /// What begins when it is given, and is not answered before there is something to read.
+    fn wait_for(pipe: &PipeReader, pace: Pace, called_off: &dyn Fn() -> bool) -> Outcome {
+        let readable = u32::from(nix::poll::PollFlags::POLLIN.bits() as u16);
+        let entry = Sqe {
+            opcode: uring::OP_POLL_ADD,
+            fd: pipe.as_raw_fd(),
+            op_flags: readable,
+            user_data: COMMAND,
+            ..Sqe::default()
+        };
+        let ring = CommandRing::new().expect("a ring");
+        // SAFETY: it names no memory.
+        let (outcome, ring) =
+            unsafe { ring.give(&entry, [0; 8], Box::default(), pace, called_off) }.expect("a ring that works");
+        assert!(ring.is_some(), "it can be used again");
+        outcome
+    }
+
+    #[test]
+    fn what_had_not_begun_is_given_again() {
+        let (reader, mut writer) = pipe().expect("a pipe");
+        let given = Instant::now();
+        let later = std::thread::spawn(move || {
+            // By then the kernel has been told twice to let go of it.
+            std::thread::sleep(URGE_AFTER * 5 / 2);
+            writer.write_all(b"x").expect("write");
+            writer
+        });
+        let outcome = wait_for(&reader, Pace::Prompt(LIMIT), &|| false);
+        assert!(matches!(outcome, Outcome::Answered(events, _) if events > 0), "{outcome:?}");
+        assert!(given.elapsed() >= URGE_AFTER * 2);
+        let _open = later.join();
+    }
+
+    #[test]
+    fn what_waits_for_others_is_not_disturbed() {
+        let (reader, _writer) = pipe().expect("a pipe");
+        let given = Instant::now();
+        let limit = URGE_AFTER * 3 / 2;
+        let outcome = wait_for(&reader, Pace::Waiting(limit), &|| false);
+        assert!(given.elapsed() >= limit);
+        assert!(
+            matches!(outcome, Outcome::CalledOff(result, _) if result == -(Errno::ECANCELED as i32)),
+            "{outcome:?}"
+        );
+    }
+
+    #[test]
+    fn what_is_called_off_is_not_given_again() {
+        let (reader, _writer) = pipe().expect("a pipe");
+        let given = Instant::now();
+        let called_off = || given.elapsed() > URGE_AFTER * 3 / 2;
+        let outcome = wait_for(&reader, Pace::Prompt(LIMIT), &called_off);
+        assert!(given.elapsed() < LIMIT / 2);
+        assert!(
+            matches!(outcome, Outcome::CalledOff(result, _) if result == -(Errno::ECANCELED as i32)),
+            "{outcome:?}"
+        );
+    }
 }

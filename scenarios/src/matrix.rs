@@ -1,8 +1,9 @@
 //! `matrix-table`: what `ci/matrix` left behind for each kernel, as one table.
 //!
-//! A kernel's directory holds what its guest wrote: `release`, `trials.jsonl` and `trials.status` of the integration trials,
-//! `suite/suite.json` and `suite.status` of the suite; or `environment`, the reason why it could not be had. A file that is
-//! missing is a run that did not take place, and shows as that.
+//! A kernel's directory holds what its guests wrote: `release`; `pieces`, how many pieces the integration trials were to be
+//! done in, and of each `trials/NUMBER/trials.jsonl` and `status`; `suite/suite.json` and `suite.status` of the suite;
+//! `seconds`, how long it all took; or `environment`, the reason why it could not be had. A file that is missing is a run
+//! that did not take place, and shows as that.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -28,8 +29,11 @@ struct Column {
     release: String,
     /// Why it could not be had.
     lack: Option<String>,
+    /// How long all of it took, in seconds.
+    seconds: Option<u64>,
     trials: Vec<Trial>,
-    trials_status: Option<i32>,
+    /// What each piece of the trials ended with.
+    statuses: Vec<Option<i32>>,
     suite: Option<Report>,
     suite_status: Option<i32>,
 }
@@ -103,17 +107,21 @@ impl Column {
             Err(error) => Err(format!("cannot read {}: {error}", dir.join(name).display())),
         };
         let wrong = |name: &str, why: &dyn std::fmt::Display| format!("{}: {why}", dir.join(name).display());
-        let status = |name: &str| -> Result<Option<i32>, String> {
+        let number = |name: &str| -> Result<Option<i64>, String> {
             let parse = |text: String| text.parse().map_err(|error| wrong(name, &error));
             text(name)?.map(parse).transpose()
         };
+        let status = |name: &str| Ok::<_, String>(number(name)?.and_then(|status| i32::try_from(status).ok()));
         if !dir.is_dir() {
             return Err(format!("there is no directory {}: it is made by ci/matrix", dir.display()));
         }
-        let mut trials = Vec::new();
-        for line in text("trials.jsonl")?.unwrap_or_default().lines() {
-            // The last line of a guest that was ended may be half a line.
-            trials.extend(serde_json::from_str::<Trial>(line));
+        let (mut trials, mut statuses) = (Vec::new(), Vec::new());
+        for piece in 1..=number("pieces")?.unwrap_or(0) {
+            for line in text(&format!("trials/{piece}/trials.jsonl"))?.unwrap_or_default().lines() {
+                // The last line of a guest that was ended may be half a line.
+                trials.extend(serde_json::from_str::<Trial>(line));
+            }
+            statuses.push(status(&format!("trials/{piece}/status"))?);
         }
         let path = format!("suite/{}", suite::FILE);
         let suite = text(&path)?.map(|json| serde_json::from_str(&json).map_err(|error| wrong(&path, &error)));
@@ -121,11 +129,18 @@ impl Column {
             name: dir.file_name().unwrap_or_default().to_string_lossy().into_owned(),
             release: text("release")?.unwrap_or_default(),
             lack: text("environment")?,
+            seconds: number("seconds")?.and_then(|seconds| u64::try_from(seconds).ok()),
             trials,
-            trials_status: status("trials.status")?,
+            statuses,
             suite: suite.transpose()?,
             suite_status: status("suite.status")?,
         })
+    }
+
+    /// What the trials ended with: the first piece that is not well speaks for all.
+    fn trials_status(&self) -> Option<i32> {
+        let bad = self.statuses.iter().find(|status| **status != Some(0));
+        bad.or(self.statuses.first()).copied().flatten()
     }
 
     fn modules(&self) -> BTreeMap<&str, Module> {
@@ -167,7 +182,7 @@ impl Column {
         let suite = self.suite.as_ref().is_some_and(|suite| suite.whole && !suite.parts.is_empty());
         let bad_part = self.suite.iter().flat_map(|suite| &suite.parts).any(|part| part.verdict != Verdict::Pass);
         let bad_trial = self.modules().values().any(|module| !module.bad.is_empty());
-        let ended = self.trials_status == Some(0) && self.suite_status == Some(0);
+        let ended = self.trials_status() == Some(0) && self.suite_status == Some(0);
         self.lack.is_none() && ended && suite && !bad_part && !bad_trial && !self.trials.is_empty()
     }
 }
@@ -191,10 +206,11 @@ fn table(columns: &[Column]) -> Table {
     }
     table.row(std::iter::once("all trials".to_owned()).chain(columns.iter().map(all_trials)));
     table.row(std::iter::once("in all".to_owned()).chain(columns.iter().map(|column| {
+        let took = column.seconds.map_or_else(String::new, |took| format!(", {}", seconds(took * 1_000)));
         match (&column.lack, column.is_green()) {
             (Some(_), _) => "NOT HAD".to_owned(),
-            (None, true) => "green".to_owned(),
-            (None, false) => "NOT GREEN".to_owned(),
+            (None, true) => format!("green{took}"),
+            (None, false) => format!("NOT GREEN{took}"),
         }
     })));
     table
@@ -276,7 +292,7 @@ fn problems(columns: &[Column]) -> Vec<String> {
             tell(lack.replace('\n', "; "));
             continue;
         }
-        for (what, status) in [(TRIALS, column.trials_status), (SUITE, column.suite_status)] {
+        for (what, status) in [(TRIALS, column.trials_status()), (SUITE, column.suite_status)] {
             match status {
                 Some(0) => {}
                 Some(124) => tell(format!("{what}: not over within the time limit")),

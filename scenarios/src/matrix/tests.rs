@@ -23,16 +23,22 @@ impl Matrix {
         self.trials(kernel, &[("io::reads", "begun"), ("io::reads", "passed"), ("start::hangs", "gated")])
             .suite(kernel, &[("probe", Verdict::Pass)], true)
             .write(kernel, "release", &format!("{kernel}.9-amd64\n"))
-            .write(kernel, "trials.status", "0\n")
+            .write(kernel, "pieces", "1\n")
+            .write(kernel, "trials/1/status", "0\n")
+            .write(kernel, "seconds", "431\n")
             .write(kernel, "suite.status", "0\n")
     }
 
     fn trials(&self, kernel: &str, trials: &[(&str, &str)]) -> &Self {
+        self.piece(kernel, 1, trials)
+    }
+
+    fn piece(&self, kernel: &str, piece: u32, trials: &[(&str, &str)]) -> &Self {
         let line = |&(trial, outcome): &(&str, &str)| {
             json!({"trial": trial, "outcome": outcome, "elapsed_ms": 400, "gate": "some-bug: it hangs"}).to_string()
         };
         let lines: Vec<_> = trials.iter().map(line).collect();
-        self.write(kernel, "trials.jsonl", &(lines.join("\n") + "\n"))
+        self.write(kernel, &format!("trials/{piece}/trials.jsonl"), &(lines.join("\n") + "\n"))
     }
 
     fn suite(&self, kernel: &str, parts: &[(&str, Verdict)], whole: bool) -> &Self {
@@ -64,7 +70,7 @@ fn a_green_matrix_names_its_gates() {
     let text = table(&columns).text();
     assert!(text.contains("6.12.9-amd64") && text.contains("pass 12.3 s, 1 gated: 42 ops"), "{text}");
     assert!(text.contains("trials io") && text.contains("1 passed, 0.8 s"), "{text}");
-    assert!(text.lines().last().expect("a line").matches("green").count() == 2, "{text}");
+    assert!(text.lines().last().expect("a line").matches("green, 431.0 s").count() == 2, "{text}");
     let gates = gates(&columns);
     assert!(gates.contains(&"6.12: start::hangs: some-bug: it hangs".to_owned()), "{gates:?}");
     assert!(gates.contains(&"7.2: probe: killed in DEL: del-bug: it oopses (fixed: 8.0)".to_owned()), "{gates:?}");
@@ -123,6 +129,25 @@ fn what_did_not_take_place_is_no_pass() {
     // No trials at all.
     matrix.green("7.2").trials("7.2", &[]);
     assert_eq!(exit_code(&matrix.columns(&["7.2"])), 2);
+}
+
+#[test]
+fn every_piece_of_the_trials_has_to_end_well() {
+    let matrix = Matrix::new();
+    matrix.green("7.2").write("7.2", "pieces", "3\n").piece(
+        "7.2",
+        3,
+        &[("io::writes", "begun"), ("io::writes", "passed")],
+    );
+    matrix.write("7.2", "trials/3/status", "0\n");
+    let columns = matrix.columns(&["7.2"]);
+    assert_eq!(exit_code(&columns), 2);
+    assert_eq!(problems(&columns), ["7.2: trials: did not take place, or did not end"]);
+    assert!(table(&columns).text().contains("2 passed, 1.6 s"));
+    matrix.write("7.2", "trials/2/status", "100\n");
+    assert_eq!(problems(&matrix.columns(&["7.2"])), ["7.2: trials: ended with status 100"]);
+    matrix.write("7.2", "trials/2/status", "0\n");
+    assert_eq!(exit_code(&matrix.columns(&["7.2"])), 0);
 }
 
 #[test]

@@ -189,6 +189,8 @@ struct Relay {
 impl Handler for Relay {
     fn handle(&mut self, request: Request<'_>) {
         if self.holds.takes_end_of_queue() {
+            // What it has in its hands nobody answers, as after a death; the library fails what is dropped.
+            std::mem::forget(request.detach());
             // The library catches a handler's panic and goes on. It cannot catch what its payload does when it is dropped: that ends
             // the queue's thread, and with it the serving of the device, while the process lives.
             panic_any(LastStraw);

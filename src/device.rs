@@ -14,7 +14,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::launch::Fetching;
 use crate::orphan::{self, Identity};
 use crate::queue::Handler;
-use crate::ring::tags;
+use crate::ring::loans;
 use crate::signals::Signals;
 use crate::stats::{Event, Phase, QueueShared, QueueStats};
 use crate::turn::Turn;
@@ -29,7 +29,7 @@ const HEALTH_SLICE: Duration = Duration::from_millis(200);
 #[derive(Debug)]
 pub(crate) struct QueueHandle {
     pub(crate) shared: Arc<QueueShared>,
-    pub(crate) tags: Arc<tags::Shared>,
+    pub(crate) tags: Arc<loans::Shared>,
     pub(crate) thread: Option<JoinHandle<()>>,
 }
 

@@ -19,7 +19,8 @@ use crate::params;
 use crate::queue::{Queue, setup_error};
 use crate::recovery::Patience;
 use crate::ring::descriptors::Descriptors;
-use crate::ring::tags::{self, AtEnd, Copying, Tags};
+use crate::ring::loans;
+use crate::ring::tags::{AtEnd, Copying, Tags};
 use crate::stats::{Event, Phase, QueueShared};
 use crate::sys::process::set_io_flusher;
 use crate::sys::ublk::Features;
@@ -158,7 +159,7 @@ fn spawn_queues<S: Serve>(
     let (ready, all_ready) = mpsc::channel();
     for queue in 0..info.queues() {
         let tags = Arc::new(
-            tags::Shared::new(info.depth(), info.max_io_bytes() as usize)
+            loans::Shared::new(info.depth(), info.max_io_bytes() as usize)
                 .map_err(|error| setup_error(queue, "allocate buffers", &error))?,
         );
         if options.lock_buffers {
@@ -174,7 +175,7 @@ fn spawn_queues<S: Serve>(
             thread: None,
         });
     }
-    let everyone: Arc<[Arc<tags::Shared>]> = serving.queues.iter().map(|queue| Arc::clone(&queue.tags)).collect();
+    let everyone: Arc<[Arc<loans::Shared>]> = serving.queues.iter().map(|queue| Arc::clone(&queue.tags)).collect();
     for queue in 0..info.queues() {
         let handle = &mut serving.queues[usize::from(queue)];
         let setup = QueueSetup {
@@ -232,9 +233,9 @@ struct QueueSetup<S> {
     pool: Option<Arc<Pool>>,
     health: Arc<Health>,
     character_device: Arc<File>,
-    tags: Arc<tags::Shared>,
+    tags: Arc<loans::Shared>,
     shared: Arc<QueueShared>,
-    everyone: Arc<[Arc<tags::Shared>]>,
+    everyone: Arc<[Arc<loans::Shared>]>,
     fetching: Arc<Fetching>,
 }
 

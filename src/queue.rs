@@ -172,7 +172,8 @@ pub(crate) fn setup_error(queue: u16, what: &str, error: &io::Error) -> Error {
 mod tests {
     use super::*;
     use crate::ring::descriptors::Descriptors;
-    use crate::ring::tags::{AtEnd, Copying, Shared};
+    use crate::ring::loans::Shared;
+    use crate::ring::tags::{AtEnd, Copying};
     use crate::sys::ublk::IoDesc;
 
     /// What was completed before the order to end is not kept back: its applications would see errors for what is done.

@@ -9,7 +9,8 @@ use std::sync::{Arc, Weak};
 use nix::errno::Errno;
 
 use crate::backend::{SECTOR_SIZE, WriteFlags, ZeroFlags, result_code};
-use crate::ring::tags::{Copying, Loan, Tags};
+use crate::ring::loans::Loan;
+use crate::ring::tags::{Copying, Tags};
 use crate::stats::QueueShared;
 use crate::sys::ublk::{self, IoDesc};
 

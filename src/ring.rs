@@ -5,7 +5,7 @@
 //! kernel may do with memory is decided in the modules below, each of which owns the memory that its commands
 //! name:
 //!
-//! * [`tags`]: the tags of one ublk queue and their buffers, with their [`descriptors`];
+//! * [`tags`]: the tags of one ublk queue, with their [`descriptors`], and their buffers, of which there are [`loans`];
 //! * [`command`]: control commands and their payloads;
 //! * [`client`]: reads and writes on a block device or file, from the other side;
 //! * `raw`: any I/O command, malformed ones too.
@@ -13,6 +13,7 @@
 pub(crate) mod client;
 pub(crate) mod command;
 pub(crate) mod descriptors;
+pub(crate) mod loans;
 #[cfg(feature = "raw")]
 pub(crate) mod raw;
 pub(crate) mod tags;

@@ -115,16 +115,13 @@ fn run(case: &Case) -> Result<(), Failed> {
             let _ = done.send(std::panic::catch_unwind(body));
         })
         .map_err(|error| format!("failed to start a thread: {error}"))?;
-    let mut problems = match outcome.recv_timeout(case.deadline) {
-        Ok(result) => {
-            let _ = thread.join();
-            result.err().map(|payload| message_of(&*payload)).into_iter().collect()
-        }
-        Err(_) => {
-            let problem = format!("not done within {:?}:\n{}", case.deadline, stacks(std::process::id()));
-            before.delete_the_rest();
-            vec![problem]
-        }
+    let mut problems = if let Ok(result) = outcome.recv_timeout(case.deadline) {
+        let _ = thread.join();
+        result.err().map(|payload| message_of(&*payload)).into_iter().collect()
+    } else {
+        let problem = format!("not done within {:?}:\n{}", case.deadline, stacks(std::process::id()));
+        before.delete_the_rest();
+        vec![problem]
     };
     problems.extend(before.left_behind());
     problems.extend(kernel_complaints(&mut log));

@@ -14,6 +14,7 @@ pub(super) const LEAVE: u8 = 1;
 pub(super) const ABANDON: u8 = 2;
 /// An order to a queue that has parked: serve what the driver had on its way, then end.
 pub(super) const FINISH: u8 = 4;
+
 /// What a queue shares with whoever holds its loans or wants to wake it.
 #[derive(Debug)]
 pub(crate) struct Shared {
@@ -113,8 +114,11 @@ pub(crate) struct Loan {
 }
 
 impl Loan {
-    /// Of this tag, which nobody else may have.
-    pub(super) fn new(shared: &Arc<Shared>, tag: u16) -> Self {
+    /// Of this tag's buffer.
+    ///
+    /// # Safety
+    /// Nobody else has it, the driver included, until the loan is settled.
+    pub(super) unsafe fn new(shared: &Arc<Shared>, tag: u16) -> Self {
         Self { shared: Arc::clone(shared), tag }
     }
 
@@ -122,7 +126,7 @@ impl Loan {
     pub(crate) fn buffer(&self, len: usize) -> &[u8] {
         assert!(len <= self.shared.stride, "longer than a tag's buffer");
         // SAFETY: in bounds by the assertion, mapped as long as `shared` lives, initialised (anonymous memory is
-        // zeroed), and nobody else's until the loan is settled: `Tags::lend` makes one loan per tag at a time.
+        // zeroed), and nobody else's until the loan is settled, by the promise to `new`.
         unsafe { std::slice::from_raw_parts(self.shared.buffer_address(self.tag), len) }
     }
 

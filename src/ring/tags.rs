@@ -313,7 +313,8 @@ impl Tags {
         assert!(*owner == Owner::Server, "only what is the server's can be lent");
         *owner = Owner::Lent;
         self.lent += 1;
-        Loan::new(&self.shared, tag)
+        // SAFETY: it was the server's, of which there is one, and is not before the loan is settled.
+        unsafe { Loan::new(&self.shared, tag) }
     }
 
     /// This queue's number.

@@ -1,6 +1,7 @@
 //! The process whose devices are stressed: does what it is told, and closes everything when nobody is there to tell it.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::hint::black_box;
 use std::io::{self, BufRead};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver};
@@ -422,8 +423,9 @@ impl Planted {
                 Err(error) => return Err(Trouble::Environment(format!("failed to leak a descriptor: {error}"))),
             },
             // Large enough to be a map of its own.
-            Some(Plant::LeakedMap) => drop(Vec::<u8>::with_capacity(DEVICE_BYTES as usize).leak()),
-            Some(Plant::LeakedMemory) => drop(vec![0xee_u8; 4096].leak()),
+            // What nobody can see an optimising compiler would not do.
+            Some(Plant::LeakedMap) => drop(black_box(Vec::<u8>::with_capacity(DEVICE_BYTES as usize)).leak()),
+            Some(Plant::LeakedMemory) => drop(black_box(vec![0xee_u8; 4096]).leak()),
             Some(Plant::LeakedThread) => {
                 let parked = || {
                     loop {

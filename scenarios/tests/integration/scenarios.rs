@@ -82,10 +82,11 @@ fn names(arguments: &str, class: &str) -> String {
 
 fn torture_names_a_lost_write_and_its_repro_fails_again() {
     // Where nothing older is found than zeroes, the loss is called that. So the device is filled first, by 32 writes, nothing is
-    // zeroed later, and the first write that is lost is none of those: with this seed, it is the 42nd of the first 50.
-    let lost = "--prefill --mix read=50,write=50 --mutant lost-write:50";
+    // zeroed later, and the first write that is lost is none of those: with this seed, it comes after 160 others, by when the
+    // slowest worker has filled its share.
+    let lost = "--prefill --mix read=50,write=50 --mutant lost-write:200";
     let repro = names(&format!("torture --seed 3 --duration 30s --size 16M {lost}"), "lost");
-    assert!(repro.contains("--seed 3") && repro.contains("--mutant lost-write:50"), "{repro}");
+    assert!(repro.contains("--seed 3") && repro.contains("--mutant lost-write:200"), "{repro}");
     let arguments = repro.strip_prefix("ublk-torture ").expect("a command of this program");
     names(arguments, "lost");
 }

@@ -49,11 +49,11 @@ impl Device {
     /// Ends serving and leaves the device behind for another server: what is open or mounted stays so. Needs a
     /// [recovery mode](crate::DeviceBuilder::recovery).
     ///
-    /// Requests that this server has are completed before it lets go. What comes after that waits for the next server, or
-    /// fails at once with [`Recovery::FailIo`]. Who opens or closes the device meanwhile may wait as well: the kernel's look
-    /// for partitions holds them up, and on kernels since 6.18 comes some time after the start. A request that the backend does not finish within the
-    /// [stop's deadline](crate::DeviceBuilder::stop_deadline) is left to the mode, as if the server had been killed: it fails
-    /// with `EIO`, or with [`Recovery::Reissue`] is issued again.
+    /// Requests that this server has are completed before it lets go. What comes after that waits for the next server,
+    /// or fails at once with [`Recovery::FailIo`]. Who opens or closes the device meanwhile may wait as well: the
+    /// kernel's look for partitions holds them up, and on kernels since 6.18 comes some time after the start. A request
+    /// that the backend does not finish within the [stop's deadline](crate::DeviceBuilder::stop_deadline) is left to
+    /// the mode, as if the server had been killed: it fails with `EIO`, or with [`Recovery::Reissue`] is issued again.
     ///
     /// Since Linux 6.16 the kernel takes part in this (QUIESCE) and no request gets lost between the two. Before, one that is
     /// handed to the server in the very moment in which it lets go is left to the mode as well. So a handover that

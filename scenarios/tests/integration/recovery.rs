@@ -174,7 +174,7 @@ fn a_recovery_killed_on_its_way_is_followed_by_the_next() {
 
 fn a_recovery_that_fails_leaves_the_device_recoverable() {
     for mode in modes() {
-        let (disk, id, open) = detached(mode);
+        let (disk, id, held_open) = detached(mode);
         let failing = |fail: fn() -> io::Result<()>| {
             let geometry = disk.geometry();
             let open = move |info: &QueueInfo| {
@@ -207,7 +207,7 @@ fn a_recovery_that_fails_leaves_the_device_recoverable() {
         assert_reads(id, 1, 0);
         device.detach().expect("detach");
         let device = builder(&disk).recover(id).expect("recover");
-        drop(open);
+        drop(held_open);
         client::close(&device);
         let begun = [Phase::Added, Phase::Configured, Phase::Fetched, Phase::Started, Phase::Visible];
         let told = told.lock().expect("lock");
@@ -238,7 +238,7 @@ fn what_cannot_be_recovered_is_refused_with_a_reason() {
     refused(&disk, live.id(), ErrorKind::State, &["DEAD"]);
     client::close(&live);
 
-    let (disk, id, open) = detached(Recovery::Wait);
+    let (disk, id, held_open) = detached(Recovery::Wait);
     let larger = Disk::new(Geometry::bytes(2 * SIZE));
     refused(&larger, id, ErrorKind::InvalidInput, &["size in bytes 4194304 and not 8388608"]);
     let flushing = Disk::new(Geometry::bytes(SIZE).volatile_cache());
@@ -253,7 +253,7 @@ fn what_cannot_be_recovered_is_refused_with_a_reason() {
     drop(claim);
     let device = builder(&disk).recover(id).expect("recover");
     assert_reads(id, 1, 0);
-    drop(open);
+    drop(held_open);
     client::close(&device);
 }
 

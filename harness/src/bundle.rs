@@ -23,6 +23,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::event::Event;
 use crate::oracle::Oracle;
@@ -31,8 +32,10 @@ use crate::seed::Seed;
 use crate::shrink::{Rate, Shrunk, Stop};
 use crate::threads::ThreadDump;
 
-/// The version of the format that is written. Readers refuse others.
-pub const VERSION: u32 = 1;
+/// The version of the format that is written. Version 1, which did not say what a failure was [found on](FoundOn), is read
+/// too; others are refused.
+pub const VERSION: u32 = 2;
+const OLDEST: u32 = 1;
 
 /// How many of the last events are kept.
 pub const EVENTS_KEPT: usize = 10_000;
@@ -52,6 +55,8 @@ const PLACES: u32 = 1000;
 pub struct Bundle {
     /// The scenario that failed.
     pub scenario: String,
+    /// What kind of device it was found on.
+    pub found_on: FoundOn,
     /// The number of the device, as its [`Pattern`](crate::Pattern) has it.
     pub device: u32,
     /// What broke.
@@ -72,6 +77,19 @@ pub struct Bundle {
     pub threads: Vec<ThreadDump>,
     /// What the kernel logged meanwhile.
     pub kernel_log: Vec<String>,
+}
+
+/// What kind of device a failure was found on, and so where it is replayed unless another place is asked for.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FoundOn {
+    /// The simulated device.
+    #[default]
+    Simulator,
+    /// A real device, served by the program that found it; how, beside what the [`Setup`] says, in its own words.
+    Served(BTreeMap<String, Value>),
+    /// A real device of somebody else's.
+    External,
 }
 
 /// What broke.
@@ -116,6 +134,8 @@ impl Smaller {
 struct About {
     version: u32,
     scenario: String,
+    #[serde(default)]
+    found_on: FoundOn,
     seed: Seed,
     device: u32,
     setup: Setup,
@@ -160,6 +180,15 @@ impl Bundle {
     /// When a directory or a file cannot be written.
     pub fn write(&self, dir: &Path) -> Result<PathBuf, BundleError> {
         let dir = claim(dir)?;
+        self.rewrite(&dir)?;
+        Ok(dir)
+    }
+
+    /// Writes the bundle to `dir` where it, with less in it, is already. It is whole at every moment.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn rewrite(&self, dir: &Path) -> Result<(), BundleError> {
         let put = |name: &str, text: &str| {
             let path = dir.join(name);
             fs::write(&path, text).map_err(|error| {
@@ -182,8 +211,7 @@ impl Bundle {
         put(REPORT, &self.report())?;
         let about = serde_json::to_string_pretty(&self.about())
             .map_err(|error| BundleError(format!("the failure has no JSON: {error}")))?;
-        put(ABOUT, &(about + "\n"))?;
-        Ok(dir)
+        put(ABOUT, &(about + "\n"))
     }
 
     /// Reads a bundle from its directory.
@@ -212,6 +240,7 @@ impl Bundle {
         };
         Ok(Self {
             scenario: about.scenario,
+            found_on: about.found_on,
             device: about.device,
             failure: about.failure,
             script: script(&about.script)?,
@@ -236,6 +265,7 @@ impl Bundle {
         About {
             version: VERSION,
             scenario: self.scenario.clone(),
+            found_on: self.found_on.clone(),
             seed: self.script.seed,
             device: self.device,
             setup: self.script.setup,
@@ -264,9 +294,10 @@ impl About {
     fn from_json(text: &str) -> Result<Self, BundleError> {
         let AnyVersion { version } =
             serde_json::from_str(text).map_err(|error| BundleError(format!("this describes no bundle: {error}")))?;
-        if version != u64::from(VERSION) {
+        if !(OLDEST.into()..=VERSION.into()).contains(&version) {
             return Err(BundleError(format!(
-                "a bundle of version {version}; this program reads version {VERSION}: use the program that wrote it"
+                "a bundle of version {version}; this program reads versions {OLDEST} to {VERSION}: use the program that \
+                 wrote it"
             )));
         }
         serde_json::from_str(text).map_err(|error| BundleError(format!("this does not describe a bundle: {error}")))

@@ -63,6 +63,38 @@ impl Interruption {
     }
 }
 
+/// What a run that is lost says in the end.
+type Say = Box<dyn FnOnce(&Event) -> Vec<String> + Send>;
+
+/// What is still to be done when the run is lost to a hang, once everything else is told of that: it is given the hang, and
+/// returns remarks. There are seconds for it.
+#[derive(Clone, Default)]
+pub(crate) struct LastWords(Arc<Mutex<Option<Say>>>);
+
+impl LastWords {
+    /// From now on this is to be done.
+    pub(crate) fn are(&self, say: impl FnOnce(&Event) -> Vec<String> + Send + 'static) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(say));
+    }
+
+    /// Nothing is to be done any more.
+    pub(crate) fn none(&self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// The run is lost.
+    pub(crate) fn say(&self, hang: &Event) -> Vec<String> {
+        let say = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        say.map(|say| say(hang)).unwrap_or_default()
+    }
+}
+
+impl std::fmt::Debug for LastWords {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LastWords").finish_non_exhaustive()
+    }
+}
+
 /// What a scenario is given to run with.
 #[derive(Debug)]
 pub struct Context {
@@ -75,6 +107,9 @@ pub struct Context {
     pub(crate) watchdog: Arc<Watchdog>,
     pub(crate) interruption: Interruption,
     pub(crate) record: RunRecord,
+    /// The command that runs it again.
+    pub(crate) repro: String,
+    pub(crate) last_words: LastWords,
     /// What the workers of the run wait for.
     pub(crate) in_flight: InFlight,
     pub(crate) detail: String,
@@ -254,7 +289,7 @@ pub(crate) mod testing {
     use ublkit_harness::watchdog::WatchdogOptions;
     use ublkit_harness::{EventLoop, Seed, Watchdog};
 
-    use super::{Arc, Context, Interruption, SharedEvidence};
+    use super::{Arc, Context, Interruption, LastWords, SharedEvidence};
     use crate::in_flight::InFlight;
     use crate::runs::StateDir;
 
@@ -276,6 +311,8 @@ pub(crate) mod testing {
             watchdog: Arc::new(watchdog),
             interruption: Interruption::default(),
             record: StateDir::default().record(),
+            repro: String::new(),
+            last_words: LastWords::default(),
             in_flight: InFlight::default(),
             detail: String::new(),
             deadline: None,

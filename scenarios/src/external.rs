@@ -16,7 +16,7 @@ use self::server::ForeignServer;
 use crate::context::Context;
 use crate::scenario::Failure;
 
-const SERVER_HELP: &str = "\
+pub(crate) const SERVER_HELP: &str = "\
 Have this shell command serve the device, for as long as the run lasts. With --device, {} in it stands for that path, and it \
 must not be there before; without, the command prints the path on its first line. It stays in the foreground and ends, with \
 its device, when its process group gets SIGTERM";
@@ -51,10 +51,20 @@ pub struct ExternalArgs {
 }
 
 impl ExternalArgs {
+    /// For a scenario that takes no device of our own.
+    pub(crate) const fn new(device: Option<PathBuf>, server: Option<String>, yes_destroy_data: bool) -> Self {
+        Self { device, server, yes_destroy_data }
+    }
+
     /// Whether a device that is not ours is asked for.
     #[must_use]
     pub const fn is_asked_for(&self) -> bool {
         self.device.is_some() || self.server.is_some()
+    }
+
+    /// Whether it is a device that was there before the run, with whatever is on it.
+    pub(crate) const fn is_there_already(&self) -> bool {
+        self.device.is_some() && self.server.is_none()
     }
 
     /// The options by name.

@@ -29,6 +29,7 @@ pub mod gates;
 mod in_flight;
 mod inventory;
 mod junit;
+mod kept;
 pub mod kernel_log;
 mod matrix;
 pub mod mutants;

@@ -22,7 +22,7 @@ use ublkit_harness::{EventLoop, EventSink, HangReport, Reporter, Seed, Verdict, 
 
 use crate::backtrace;
 use crate::cli::complain;
-use crate::context::{Context, Interruption, SharedEvidence};
+use crate::context::{Context, Interruption, LastWords, SharedEvidence};
 use crate::dump;
 use crate::environment::{self, Host};
 use crate::in_flight::InFlight;
@@ -145,13 +145,14 @@ fn begin(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -
 fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending) -> Result<(), Failure> {
     let state = StateDir::default();
     let record = state.record();
-    let lost = (ending.clone(), record.clone());
+    let last_words = LastWords::default();
+    let lost = (ending.clone(), record.clone(), last_words.clone());
     let options = WatchdogOptions {
         processes: Some(Arc::new(server::pids)),
         backtraces: Some(Arc::new(backtrace::of)),
         ..WatchdogOptions::default()
     };
-    let watchdog = Watchdog::start(options, move |report| lose(report, &lost.0, &lost.1));
+    let watchdog = Watchdog::start(options, move |report| lose(report, &lost.0, &lost.1, &lost.2));
     let watchdog = Arc::new(watchdog.map_err(|error| no_thread(&error))?);
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
     let kernel = scenario.meets_kernel_device().then(Complaints::begin);
@@ -180,6 +181,8 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
         watchdog,
         interruption,
         record,
+        repro: ending.repro.clone(),
+        last_words,
         in_flight,
         detail: String::new(),
         deadline: scenario.common().deadline,
@@ -213,17 +216,22 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
 
 /// Ends the process, for something hangs: it tells everything that was found, and sees to it that no device is left and
 /// that what was changed of the machine is as it was.
-fn lose(report: HangReport, ending: &Ending, record: &RunRecord) {
+fn lose(report: HangReport, ending: &Ending, record: &RunRecord, last_words: &LastWords) {
     // Whatever comes: nobody waits for this process for longer.
     let _ = thread::Builder::new().name("last-resort".to_owned()).spawn(|| {
         thread::sleep(LAST_RESORT);
         std::process::exit(Verdict::Hang.exit_code().into());
     });
-    ending.sink.send(Event::Hang(report.into()));
-    // What this process waits for fails then, so that it can end.
-    for remark in server::kill_all().into_iter().chain(record.put_back()) {
-        ending.sink.send(Event::note(remark));
-    }
+    let hang = Event::Hang(report.into());
+    ending.sink.send(hang.clone());
+    thread::scope(|scope| {
+        let said = scope.spawn(|| last_words.say(&hang));
+        // What this process waits for fails then, so that it can end.
+        let undone = server::kill_all().into_iter().chain(record.put_back());
+        for remark in undone.chain(said.join().unwrap_or_default()) {
+            ending.sink.send(Event::note(remark));
+        }
+    });
     let code = ending.verdict(Verdict::Hang);
     let _unread = ending.sink.flush(LAST_WORDS);
     std::process::exit(code.into());

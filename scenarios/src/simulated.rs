@@ -18,10 +18,10 @@ use ublkit_harness::Planted;
 use ublkit_harness::script::Workload;
 
 use self::failed::Found;
-pub(crate) use self::failed::{BUNDLE, listed};
 use self::trials::{Limits, Trials};
 use crate::cli::CommonArgs;
 use crate::context::Context;
+use crate::kept;
 use crate::scenario::{Entry, Failure, Needs, Plant, Scenario};
 use crate::target::parse_planted;
 use crate::torture;
@@ -71,17 +71,17 @@ const PLANTS: &[Plant] = &[
     Plant {
         name: "misdirected-write",
         about: "a write lands on the wrong blocks",
-        arguments: &["--mutant", "misdirected-write:50"],
+        arguments: &["--mutant", "misdirected-write:50", "--shrink", "0s"],
     },
     Plant {
         name: "bitflip-read",
         about: "a read returns one flipped bit, once",
-        arguments: &["--mutant", "bitflip-read:50"],
+        arguments: &["--mutant", "bitflip-read:50", "--shrink", "0s"],
     },
     Plant {
         name: "stale-cache",
         about: "a read cache keeps a block that was written since",
-        arguments: &["--mutant", "stale-cache"],
+        arguments: &["--mutant", "stale-cache", "--shrink", "0s"],
     },
 ];
 
@@ -271,17 +271,17 @@ impl Args {
     fn keep(&self, found: &Found, context: &mut Context) -> Result<(), Failure> {
         let until = Instant::now() + SHRINK;
         let smaller = found.shrink(&mut || Instant::now() < until && !context.interruption().came());
-        context.note(failed::in_words(&smaller));
+        context.note(kept::in_words(&smaller));
         let ops = found.ops_until();
         let planted = self.mutant.map_or(String::new(), |planted| format!("--mutant {planted} "));
         let repro =
             format!("ublk-torture {} --sim {planted}--seed {} --ops {ops}", self.tried.name(), context.seed());
         let Some(dir) = context.report_dir() else {
-            context.note("give --report DIR, and the script is kept there as a bundle that can be replayed");
+            context.note(kept::NOT_KEPT);
             return Ok(());
         };
         let dir = found.save(smaller, dir, self.tried, repro)?;
-        context.note(format!("kept as a bundle; to see it again: ublk-torture replay {}", dir.display()));
+        context.note(kept::to_replay(&dir));
         context.detail(dir.display().to_string());
         Ok(())
     }

@@ -16,6 +16,7 @@ use ublkit::{Backend, Geometry, backends};
 use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::mutant::{OnDevice, Planted};
 use ublkit_harness::observe::Counts;
+use ublkit_harness::script::Setup;
 use ublkit_harness::sim::medium::{CutReport, Medium, MediumDisk, MediumOptions};
 use ublkit_harness::{DiscardPromise, Evidence, Seed};
 
@@ -149,6 +150,17 @@ impl Default for Patience {
 pub struct Capabilities(Vec<Capability>);
 
 impl Capabilities {
+    /// Those of the device that a script is for.
+    pub(crate) fn of(setup: &Setup) -> Self {
+        let all = [
+            (setup.volatile_cache, Capability::Flush),
+            (setup.fua, Capability::Fua),
+            (setup.discard, Capability::Discard),
+            (setup.write_zeroes, Capability::Zeroes),
+        ];
+        Self(all.into_iter().filter_map(|(has, capability)| has.then_some(capability)).collect())
+    }
+
     fn has(&self, capability: Capability) -> bool {
         self.0.contains(&capability)
     }
@@ -238,6 +250,13 @@ impl TargetArgs {
     /// As [`start`](Self::start).
     pub fn serve(&self, context: &Context, storage: &Storage) -> Result<Target, Failure> {
         self.serve_by(context, Arc::clone(&storage.server), Some(storage.index))
+    }
+
+    /// As [`start`](Self::start), by the server that has `storage`, which nobody uses any more and which it forgets.
+    pub(crate) fn start_in_place_of(&self, context: &Context, storage: Storage) -> Result<Target, Failure> {
+        let server = Arc::clone(&storage.server);
+        storage.forget()?;
+        self.serve_by(context, server, None)
     }
 
     fn serve_by(&self, context: &Context, server: Arc<Server>, storage: Option<usize>) -> Result<Target, Failure> {

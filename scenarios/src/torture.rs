@@ -13,13 +13,19 @@ pub(crate) mod bench;
 mod book;
 pub(crate) mod crew;
 pub(crate) mod device;
+mod excuses;
+mod failed;
 mod faults;
 mod flights;
 pub mod mutants;
 pub(crate) mod outage;
+mod recorder;
+mod scripted;
 pub(crate) mod shared;
 pub(crate) mod sharing;
+pub(crate) mod stage;
 mod tally;
+mod turns;
 pub(crate) mod verify;
 mod worker;
 
@@ -34,16 +40,22 @@ use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, SectorRange};
 
 use self::accounts::Accounts;
-use self::crew::Crew;
+use self::crew::{Crew, Job};
 use self::device::{Opened, Subject};
+use self::excuses::Excuses;
+use self::failed::Underway;
 use self::faults::Choice;
 use self::outage::Outage;
+use self::recorder::Recorder;
 use self::shared::{Orders, Shared};
 use self::sharing::{Books, Layout, Sharing};
+use self::stage::{Place, ServedBy, Stage};
 use crate::aligned::AlignedBuf;
 use crate::cli::CommonArgs;
 use crate::context::Context;
 use crate::external::ExternalArgs;
+use crate::kept;
+use crate::kernel_log::KernelLog;
 use crate::refusals;
 use crate::scenario::{Failure, Needs, Scenario};
 use crate::server::Hang;
@@ -56,6 +68,10 @@ const DEFAULT_DURATION: Duration = Duration::from_secs(30);
 const DRAIN_DEADLINE: Duration = Duration::from_secs(120);
 /// How long one pass of the final verification may take.
 const VERIFY_DEADLINE: Duration = Duration::from_secs(300);
+/// How long a failure is made smaller when nobody says; on a device that was there before, not at all.
+const SHRINK: Duration = Duration::from_secs(30);
+/// What may be needed for that beyond its time.
+const SHRINK_DRAIN: Duration = Duration::from_secs(300);
 
 /// The arguments of `torture`, and so the scenario.
 #[derive(Clone, Debug, clap::Args)]
@@ -105,6 +121,10 @@ pub struct Args {
     /// Plant a hang, which has to end with status 3 and a look at everything; shorten --stall and --deadline
     #[arg(long, value_enum, value_name = "WHERE", conflicts_with_all = ["device", "server"], help_heading = "Faults")]
     hang: Option<Hang>,
+    /// How long a failure may be made smaller, by doing parts of the run again, before it is kept in the report. 30s where the
+    /// device is made anew for each; 0s with `--device` alone, whose content may be evidence
+    #[arg(long, value_name = "TIME", value_parser = parse_duration, help_heading = "Failures")]
+    shrink: Option<Duration>,
     #[command(flatten)]
     external: ExternalArgs,
 }
@@ -164,6 +184,7 @@ impl Scenario for Args {
                 ("hang", json!(self.hang)),
                 ("cut_every_ms", milliseconds(self.cut_every)),
                 ("restart_every_ms", milliseconds(self.restart_every)),
+                ("shrink_ms", milliseconds(Some(self.shrink()))),
             ]
             .map(|(name, value)| (name.to_owned(), value)),
         );
@@ -212,24 +233,35 @@ impl Scenario for Args {
         if !self.errors_may_be() && self.outages().is_empty() && !self.external.is_asked_for() {
             context.no_io_errors();
         }
+        let kernel_log = KernelLog::from_here();
         let filled = self.target.read_only.then(|| self.fill(context)).transpose()?;
         let subject = context.step("start", Duration::from_secs(120), |context| {
             self.start(context, filled.as_ref().map(|filled| &filled.storage))
         })?;
         // Whatever comes of it, the device is closed; the first failure is the one that counts.
-        let tortured = self.torture(context, &subject, filled);
+        let mut underway = None;
+        let tortured = self.torture(context, &subject, filled, &mut underway);
         if let (Some(Hang::Stop), Subject::Ours(target)) = (self.hang, &subject) {
             late_reader(target)?;
         }
         let closed = context.always("close", Duration::from_secs(120), |context| subject.close(context));
-        tortured.and(closed)
+        let outcome = tortured.and(closed);
+        context.last_words.none();
+        if let (Err(Failure::DeviceBroke(broken)), Some(underway)) = (&outcome, underway) {
+            let said = kernel_log.map(|mut log| log.read().iter().map(ToString::to_string).collect());
+            let kept = underway.failed(&broken.event, said.unwrap_or_default());
+            // What becomes of it changes nothing: the run has failed.
+            let _ = context.always("keep the failure", self.shrink() + SHRINK_DRAIN, |context| {
+                failed::keep(context, &underway.stage, &kept, self.shrink())
+            });
+        }
+        outcome
     }
 }
 
 /// A storage with content, and who knows it.
 struct Filled {
     storage: Storage,
-    layout: Layout,
     books: Books,
 }
 
@@ -242,12 +274,12 @@ impl Args {
             let subject = Subject::Ours(target);
             let filled = self.fill_device(context, &subject);
             let closed = subject.close(context);
-            let (layout, books) = filled.and_then(|filled| closed.map(|()| filled))?;
-            Ok(Filled { storage, layout, books })
+            let books = filled.and_then(|books| closed.map(|()| books))?;
+            Ok(Filled { storage, books })
         })
     }
 
-    fn fill_device(&self, context: &Context, subject: &Subject) -> Result<(Layout, Books), Failure> {
+    fn fill_device(&self, context: &Context, subject: &Subject) -> Result<Books, Failure> {
         let opened = subject.open()?;
         let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
         let plan = self.plan(context, &opened, &layout)?;
@@ -255,10 +287,9 @@ impl Args {
         let until = None;
         let orders = Orders { ops: Some(0), until, passes: false, prefill: true, ..self.orders(context, &opened) };
         let shared = Shared::new(orders, plan.options().workers, None, context);
-        let (opened, plan, layout_, books_) = (&opened, &plan, &layout, &books);
-        let crew = Crew { subject, opened, plan, layout: layout_, books: books_, outages: Vec::new() };
-        crew.work(context, &Arc::new(shared))?;
-        Ok((layout, books))
+        let job = Job::Draw { plan: &plan, layout: &layout, books: &books, outages: Vec::new() };
+        Crew { subject, opened: &opened, job }.work(context, &Arc::new(shared))?;
+        Ok(books)
     }
 
     fn start(&self, context: &Context, storage: Option<&Storage>) -> Result<Subject, Failure> {
@@ -276,9 +307,24 @@ impl Args {
         .map(Subject::Ours)
     }
 
-    fn torture(&self, context: &mut Context, subject: &Subject, filled: Option<Filled>) -> Result<(), Failure> {
+    fn torture(
+        &self,
+        context: &mut Context,
+        subject: &Subject,
+        filled: Option<Filled>,
+        underway: &mut Option<Underway>,
+    ) -> Result<(), Failure> {
         let (_ours_alone, opened) =
             context.step("open", Duration::from_secs(30), |_| Ok((subject.keep_to_ourselves()?, subject.open()?)))?;
+        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        let underway = underway.insert(self.underway(context, subject, &opened, &layout));
+        if let Some(report) = context.report_dir().map(ToOwned::to_owned) {
+            let underway = underway.clone();
+            context.last_words.are(move |hang| match underway.failed(hang, Vec::new()).write(None, &report) {
+                Ok(dir) => vec![kept::to_replay(&dir)],
+                Err(failure) => vec![failure.to_string()],
+            });
+        }
         if let Subject::Ours(target) = subject {
             context.step("threads are marked", Duration::from_secs(30), |context| {
                 let threads = target.check_reclaim()?;
@@ -288,12 +334,9 @@ impl Args {
         }
         self.expect_refusals(context, subject)?;
         let outages = self.outages();
-        let (layout, books) = if let Some(Filled { layout, books, .. }) = filled {
-            (layout, books)
-        } else {
-            let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
-            let books = layout.books(&opened, context.seed(), !outages.is_empty());
-            (layout, books)
+        let books = match filled {
+            Some(filled) => filled.books,
+            None => layout.books(&opened, context.seed(), !outages.is_empty()),
         };
         let plan = self.plan(context, &opened, &layout)?;
         self.require(context, &plan, &opened, &layout);
@@ -302,9 +345,10 @@ impl Args {
             let workers = plan.options().workers;
             let accounts =
                 opened.ours.then(|| Accounts::new(workers, self.errors_may_be(), opened.capabilities.flush));
-            let shared = Arc::new(Shared::new(orders, workers, accounts, context));
-            let crew = Crew { subject, opened: &opened, plan: &plan, layout: &layout, books: &books, outages };
-            let outcome = crew.work(context, &shared);
+            let recorder = Arc::clone(&underway.recorder);
+            let shared = Arc::new(Shared::new(orders, workers, accounts, context).recorded_by(recorder));
+            let job = Job::Draw { plan: &plan, layout: &layout, books: &books, outages };
+            let outcome = Crew { subject, opened: &opened, job }.work(context, &shared);
             let total = shared.total();
             outcome?;
             context.detail(format!("{} operations, {} bytes verified", total.ops(), total.verified_bytes()));
@@ -318,7 +362,8 @@ impl Args {
         }
         context.always("verify through a second opening", VERIFY_DEADLINE, |context| {
             let file = subject.open()?.file;
-            let bytes = verify::all(books.iter(), |buf, offset| read_device(&file, buf, offset))?;
+            let excuses = Excuses::new(subject, self.errors_may_be())?;
+            let bytes = verify::all(books.iter(), |buf, offset| excuses.read(&file, buf, offset))?;
             context.evidence().add("final_verified_bytes", bytes);
             context.detail(format!("{bytes} bytes"));
             Ok(())
@@ -335,6 +380,30 @@ impl Args {
             context.evidence().add("served_requests", target.served_requests()?);
         }
         if context.interruption().came() { Err(Failure::Interrupted) } else { Ok(()) }
+    }
+
+    fn shrink(&self) -> Duration {
+        self.shrink.unwrap_or(if self.external.is_there_already() { Duration::ZERO } else { SHRINK })
+    }
+
+    /// What has to be known of the run when it fails.
+    fn underway(&self, context: &Context, subject: &Subject, opened: &Opened, layout: &Layout) -> Underway {
+        let TargetArgs { backend, mode, workers_backend, mutant, .. } = self.target;
+        let place = if self.external.is_asked_for() {
+            Place::External(self.external.clone())
+        } else {
+            Place::Served(ServedBy { backend, mode, workers_backend })
+        };
+        Underway {
+            stage: Stage { place, device: opened.device_id, stall: self.stall },
+            seed: context.seed(),
+            setup: failed::setup(subject, opened, self.workers, self.io_depth),
+            mutant,
+            faults: if opened.ours { self.fault_plan(context) } else { FaultPlan::NONE },
+            regions: layout.regions().to_vec(),
+            recorder: Arc::new(Recorder::default()),
+            repro: context.repro.clone(),
+        }
     }
 
     /// A device that is read-only takes nothing.

@@ -29,7 +29,8 @@ pub(super) fn page(bundle: &Bundle) -> String {
     page.line(&format!("{}: {}", bundle.scenario, headline(&failure.event)));
     page.line("");
     page.body(&summary(bundle, failure));
-    page.section("Show it again", std::slice::from_ref(&bundle.repro));
+    let title = "Show it again (the script alone: ublk-torture replay DIRECTORY, the one that this page is in)";
+    page.section(title, std::slice::from_ref(&bundle.repro));
     page.section(&actions_title(bundle), &actions(script, failure, bundle.shrunk.is_some()));
     if let Event::Mismatch(mismatch) = &failure.event {
         let history: Vec<String> = mismatch.history.iter().map(ToString::to_string).collect();

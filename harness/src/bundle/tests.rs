@@ -97,6 +97,7 @@ fn bundle(event: &Event) -> Bundle {
     let small = vec![op(0, OpKind::Write, 8, 8), op(1, OpKind::Write, 8, 8), op(1, OpKind::Read, 8, 8)];
     Bundle {
         scenario: "torture".to_owned(),
+        found_on: FoundOn::Served([("backend".to_owned(), json!("medium"))].into()),
         device: 0,
         failure: failure(4711),
         script: script(small.iter().cycle().take(5000).copied().collect()),
@@ -107,7 +108,7 @@ fn bundle(event: &Event) -> Bundle {
             runs: 412,
             stop: Stop::Smallest,
         }),
-        repro: "ublk-torture replay torture-42".to_owned(),
+        repro: "ublk-torture torture --seed 42".to_owned(),
         versions: [("ublkit".to_owned(), "0.1.0".to_owned())].into(),
         kernel: "6.18.15".to_owned(),
         events: (0..5).map(|n| format!("{{\"event\":\"note\",\"text\":\"{n}\"}}")).collect(),
@@ -133,8 +134,8 @@ fn the_page_says_what_broke_first() {
         "  in all    7 lost, 1 torn of 8 sectors",
         "  oracle    linear",
         "  fails     with 97 of 100 seeds",
-        "Show it again",
-        "  ublk-torture replay torture-42",
+        "Show it again (the script alone: ublk-torture replay DIRECTORY, the one that this page is in)",
+        "  ublk-torture torture --seed 42",
         "The smallest script that fails: 3 of 5000 actions (shrunk.json; 412 runs, nothing more can be taken away)",
         "    1. worker 0 writes sectors 8+8                 #0",
         "    2. worker 1 writes sectors 8+8                 #0",
@@ -219,6 +220,29 @@ fn bundles_come_back() {
 }
 
 #[test]
+fn a_bundle_that_was_made_small_meanwhile_takes_its_own_place() {
+    let scratch = Scratch::new();
+    let whole = bundle(&mismatch(&sector(9, 1)));
+    let dir = Bundle { shrunk: None, ..whole.clone() }.write(&scratch.0.join("x")).expect("a bundle");
+    assert!(Bundle::load(&dir).is_ok_and(|bundle| bundle.shrunk.is_none()));
+    whole.rewrite(&dir).expect("it is there");
+    assert_eq!(Bundle::load(&dir), Ok(whole));
+}
+
+#[test]
+fn a_bundle_of_the_first_version_was_found_on_the_simulator() {
+    let scratch = Scratch::new();
+    let whole = Bundle { found_on: FoundOn::Simulator, ..bundle(&mismatch(&sector(9, 1))) };
+    let dir = whole.write(&scratch.0.join("x")).expect("a bundle");
+    let mut about: Value =
+        serde_json::from_str(&fs::read_to_string(dir.join(ABOUT)).expect("it was written")).expect("json");
+    about["version"] = json!(1);
+    assert_eq!(about.as_object_mut().and_then(|about| about.remove("found_on")), Some(json!("simulator")));
+    fs::write(dir.join(ABOUT), about.to_string()).expect("a file");
+    assert_eq!(Bundle::load(&dir), Ok(whole));
+}
+
+#[test]
 fn what_is_no_bundle_is_refused() {
     let scratch = Scratch::new();
     let dir = bundle(&mismatch(&sector(9, 1))).write(&scratch.0.join("x")).expect("a bundle");
@@ -229,7 +253,15 @@ fn what_is_no_bundle_is_refused() {
         let error = Bundle::load(&dir).expect_err(why).to_string();
         assert!(error.contains(why) && error.contains("bundle"), "{error}");
     };
-    refuse(&good.replace("\"version\": 1,", "\"version\": 7,"), "version 7; this program reads version 1: use the");
+    refuse(
+        &good.replace("\"version\": 2,", "\"version\": 7,"),
+        "version 7; this program reads versions 1 to 2: use the",
+    );
+    refuse(
+        &good.replace("\"version\": 2,", "\"version\": 0,"),
+        "version 0; this program reads versions 1 to 2: use the",
+    );
+    refuse(&good.replace("\"served\"", "\"found\""), "unknown variant `found`");
     refuse("{}", "describes no bundle: missing field `version`");
     refuse(&good.replace("\"repro\"", "\"again\""), "unknown field `again`");
     refuse(&good.replace("\"script.json\"", "\"../script.json\""), "not the name of a file in the bundle");

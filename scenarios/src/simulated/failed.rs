@@ -2,20 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
-use ublkit_harness::bundle::{self, Bundle, Smaller};
+use ublkit_harness::bundle::{self, FoundOn, Smaller};
 use ublkit_harness::script::Script;
-use ublkit_harness::shrink::{ShrinkOptions, Stop};
+use ublkit_harness::shrink::ShrinkOptions;
 use ublkit_harness::sim::{RunOptions, SimFailure};
 use ublkit_harness::trial::{Trial, replay, shrink_on_simulator};
 
 use super::Tried;
-use crate::environment::Host;
+use crate::kept::{self, Kept};
 use crate::scenario::Failure;
-
-/// How many actions are told at most; the rest is in the script.
-const ACTIONS_TOLD: usize = 24;
-/// The name of a bundle in the directory of a report, which has files of the run beside it.
-pub(crate) const BUNDLE: &str = "bundle";
 
 /// A trial that failed.
 #[derive(Debug)]
@@ -54,45 +49,22 @@ impl Found {
     pub(super) fn save(&self, smaller: Smaller, dir: &Path, tried: Tried, repro: String) -> Result<PathBuf, Failure> {
         let script = self.script();
         let again = replay(&script, &RunOptions { record: true, ..RunOptions::default() });
-        let Host { kernel, versions, .. } = Host::here();
-        let found = Bundle {
+        let found = Kept {
             scenario: format!("{} --sim", tried.name()),
+            found_on: FoundOn::Simulator,
             device: 0,
             failure: kept(again.ran.failure.unwrap_or_else(|| self.failure.clone())),
             script,
-            shrunk: (smaller.stop != Stop::NeverFailed).then_some(smaller),
             repro,
-            versions,
-            kernel,
             events: again.ran.events,
             threads: Vec::new(),
             kernel_log: Vec::new(),
         };
-        found.write(&dir.join(BUNDLE)).map_err(|error| Failure::Environment(error.to_string()))
+        found.write(Some(smaller), dir)
     }
 }
 
 fn kept(failure: SimFailure) -> bundle::Failure {
     let SimFailure { oracle, event, after_ops, .. } = failure;
-    bundle::Failure { oracle, event, after_ops }
-}
-
-/// What a reader wants to know first: the actions of the small script, one a line.
-pub(super) fn in_words(smaller: &Smaller) -> String {
-    let Smaller { script, rate, runs, stop, .. } = smaller;
-    if *stop == Stop::NeverFailed {
-        return "it did not fail again, so that it could not be made smaller".to_owned();
-    }
-    let count = script.actions.len();
-    let plural = if count == 1 { "" } else { "s" };
-    let text = format!("smallest script, {count} action{plural}, fails with {rate} seeds ({runs} runs; {stop}):");
-    text + &listed(script)
-}
-
-/// The actions of a script, in words.
-pub(crate) fn listed(script: &Script) -> String {
-    let actions = script.actions.iter().take(ACTIONS_TOLD).map(ToString::to_string);
-    let more = script.actions.len().saturating_sub(ACTIONS_TOLD);
-    let more = (more > 0).then(|| format!("… and {more} more"));
-    actions.chain(more).fold(String::new(), |text, line| text + "\n  " + &line)
+    kept::failure(oracle, event, after_ops)
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, Seed};
 
 use super::accounts::Accounts;
-use super::crew::Crew;
+use super::crew::{Crew, Job};
 use super::device::{Opened, Subject};
 use super::outage::Outage;
 use super::shared::{Orders, Shared};
@@ -80,7 +80,8 @@ impl<'a> Bench<'a> {
         let accounts = asked.then(|| Accounts::new(workers, work.errors_may_be, capabilities.flush));
         let shared = Arc::new(Shared::new(orders, workers, accounts, context));
         let Self { subject, opened, layout, books } = self;
-        Crew { subject, opened, plan: &plan, layout, books, outages: work.outages }.work(context, &shared)
+        let job = Job::Draw { plan: &plan, layout, books, outages: work.outages };
+        Crew { subject, opened, job }.work(context, &shared)
     }
 
     /// Compares everything, through a second opening of the device. Returns how many bytes that were.

@@ -5,14 +5,17 @@ use std::thread::ScopedJoinHandle;
 use std::time::{Duration, Instant};
 
 use ublkit_harness::event::{Event, Progress};
+use ublkit_harness::script::Act;
 use ublkit_harness::{Plan, SeededRng};
 
+use super::book::Book;
 use super::device::{Opened, Subject};
 use super::outage::Outage;
+use super::scripted::Scripted;
 use super::shared::Shared;
 use super::sharing::{Books, Layout};
 use super::tally::Tally;
-use super::worker::Worker;
+use super::worker::{Source, Work, Worker};
 use crate::context::Context;
 use crate::scenario::Failure;
 
@@ -25,11 +28,64 @@ const LOOK_AROUND: Duration = Duration::from_millis(20);
 pub(crate) struct Crew<'a> {
     pub(crate) subject: &'a Subject,
     pub(crate) opened: &'a Opened,
-    pub(crate) plan: &'a Plan,
-    pub(crate) layout: &'a Layout,
-    pub(crate) books: &'a Books,
-    /// What goes out, and how often.
-    pub(crate) outages: Vec<(Outage, Duration)>,
+    pub(crate) job: Job<'a>,
+}
+
+/// What the workers do.
+pub(crate) enum Job<'a> {
+    /// They draw operations.
+    Draw {
+        plan: &'a Plan,
+        layout: &'a Layout,
+        books: &'a Books,
+        /// What goes out, and how often.
+        outages: Vec<(Outage, Duration)>,
+    },
+    /// They do what a script says, on a device that one book is kept of.
+    Follow { script: &'a Arc<Scripted>, book: &'a Arc<Book> },
+}
+
+impl Job<'_> {
+    fn workers(&self) -> u32 {
+        match self {
+            Self::Draw { plan, .. } => plan.options().workers,
+            Self::Follow { script, .. } => script.workers(),
+        }
+    }
+
+    fn of(&self, worker: u32) -> Work {
+        match self {
+            Self::Draw { plan, layout, books, .. } => Work {
+                source: Source::Plan(Box::new(plan.worker(worker))),
+                depth: plan.options().depth as u16,
+                longest_bytes: plan.options().longest_bytes() as usize,
+                book: layout.book_of(books, worker),
+                part: layout.part(worker),
+            },
+            Self::Follow { script, book } => Work {
+                source: Source::Script(Arc::clone(script)),
+                depth: script.depth(),
+                longest_bytes: script.longest_bytes(),
+                book: Arc::clone(book),
+                part: (0, 1),
+            },
+        }
+    }
+
+    fn script(&self) -> Option<&Scripted> {
+        match self {
+            Self::Draw { .. } => None,
+            Self::Follow { script, .. } => Some(script),
+        }
+    }
+
+    /// The power was cut while nothing was in flight.
+    fn power_cut(&self) {
+        match self {
+            Self::Draw { books, .. } => books.iter().for_each(Book::power_cut),
+            Self::Follow { book, .. } => book.power_cut(),
+        }
+    }
 }
 
 /// Outages to come.
@@ -66,10 +122,9 @@ impl Crew<'_> {
         let start = Instant::now();
         self.switch_faults(shared, true)?;
         let results: Vec<_> = std::thread::scope(|scope| {
-            let handles: Vec<_> = (0..self.plan.options().workers)
+            let handles: Vec<_> = (0..self.job.workers())
                 .map(|index| {
-                    let book = (self.layout.book_of(self.books, index), self.layout.part(index));
-                    let worker = Worker::new(index, self.plan, self.opened, book, Arc::clone(shared));
+                    let worker = Worker::new(index, self.opened, self.job.of(index), Arc::clone(shared));
                     std::thread::Builder::new()
                         .name(format!("torture-{index}"))
                         .spawn_scoped(scope, move || worker.run())
@@ -125,9 +180,23 @@ impl Crew<'_> {
         over: impl Fn() -> bool,
     ) -> Result<(), Failure> {
         let mut last = Tally::default();
-        let mut schedule = Schedule::new(&self.outages, context.seed().derive("outages", 0).rng());
+        let mut schedule = match &self.job {
+            Job::Draw { outages, .. } => Schedule::new(outages, context.seed().derive("outages", 0).rng()),
+            Job::Follow { .. } => Schedule::new(&[], context.seed().rng()),
+        };
+        let script = self.job.script();
+        let mut cues = script.map(Scripted::cues).unwrap_or_default().iter().copied().peekable();
         while !over() {
-            std::thread::sleep(LOOK_AROUND);
+            match (script, cues.peek()) {
+                (Some(script), Some(&(number, act))) => {
+                    if script.turns().wait(number, LOOK_AROUND) && !shared.stopped() {
+                        self.cue(context, shared, act)?;
+                        script.turns().done();
+                        cues.next();
+                    }
+                }
+                _ => std::thread::sleep(LOOK_AROUND),
+            }
             if context.interruption().came() {
                 shared.stop();
             }
@@ -147,15 +216,34 @@ impl Crew<'_> {
         Ok(())
     }
 
+    /// What a script says that is no worker's.
+    fn cue(&self, context: &Context, shared: &Shared, act: Act) -> Result<(), Failure> {
+        match act {
+            Act::PowerCut => self.go_through(context, shared, Outage::PowerCut),
+            Act::Kill => self.go_through(context, shared, Outage::Restart),
+            Act::FaultsOff => self.switch_faults(shared, false),
+            Act::FaultsOn => self.switch_faults(shared, true),
+            // Those are the workers', or whoever's who opens the device.
+            Act::Op { .. } | Act::Sweep | Act::Reopen => Ok(()),
+        }
+    }
+
     fn go_through(&self, context: &Context, shared: &Shared, outage: Outage) -> Result<(), Failure> {
         let Subject::Ours(target) = self.subject else { return Ok(()) };
+        let record = |act| shared.recorder.iter().for_each(|recorder| recorder.act(act));
+        record(match outage {
+            Outage::PowerCut => Act::PowerCut,
+            Outage::Restart => Act::Kill,
+        });
         shared.outages.coming(outage);
         let dead = target.kill(outage);
         shared.outages.out();
         if outage == Outage::PowerCut {
-            self.books.iter().for_each(super::book::Book::power_cut);
+            self.job.power_cut();
         }
         let alive = target.revive();
+        // As the workers do by themselves.
+        record(Act::Sweep);
         shared.outages.over();
         let name = match outage {
             Outage::PowerCut => "power_cuts",

@@ -8,6 +8,7 @@ use ublkit_harness::Watchdog;
 
 use super::accounts::Accounts;
 use super::outage::Outages;
+use super::recorder::Recorder;
 use super::tally::Tally;
 use crate::context::Context;
 use crate::in_flight::InFlight;
@@ -41,6 +42,8 @@ pub(crate) struct Shared {
     pub(crate) watchdog: Arc<Watchdog>,
     /// What the workers wait for.
     pub(crate) in_flight: InFlight,
+    /// Where what they do is kept, if it is to be done again.
+    pub(crate) recorder: Option<Arc<Recorder>>,
     stop: AtomicBool,
     tallies: Vec<Arc<Tally>>,
     told: Mutex<Instant>,
@@ -55,10 +58,16 @@ impl Shared {
             // It is asked for once for the whole run, however many crews there are.
             in_flight: context.in_flight.clone(),
             watchdog: Arc::clone(context.watchdog()),
+            recorder: None,
             stop: AtomicBool::new(false),
             tallies: (0..workers).map(|_| Arc::default()).collect(),
             told: Mutex::new(Instant::now()),
         }
+    }
+
+    /// With someone who keeps what the workers do.
+    pub(crate) fn recorded_by(self, recorder: Arc<Recorder>) -> Self {
+        Self { recorder: Some(recorder), ..self }
     }
 
     /// What a worker has done.

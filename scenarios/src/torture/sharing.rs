@@ -61,6 +61,11 @@ impl Layout {
         self.sharing > 0
     }
 
+    /// All regions.
+    pub(crate) fn regions(&self) -> &[SectorRange] {
+        &self.regions
+    }
+
     /// The first region, shared if one is, and the last, which is not unless it is the only one.
     pub(crate) fn first_and_last(&self) -> (SectorRange, SectorRange) {
         (self.regions[0], self.regions[self.regions.len() - 1])

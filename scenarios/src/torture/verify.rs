@@ -10,8 +10,8 @@ const CHUNK_BYTES: u64 = 1 << 20;
 /// How many wrong places a survey names.
 const SURVEY_MOST: usize = 8;
 
-fn chunks(book: &Book) -> Vec<SectorRange> {
-    book.region().chunks(CHUNK_BYTES / ublkit_harness::SECTOR as u64).collect()
+fn chunks(area: SectorRange) -> impl Iterator<Item = SectorRange> {
+    area.chunks(CHUNK_BYTES / ublkit_harness::SECTOR as u64)
 }
 
 /// Looks at every region for chunks that hold what they should not. What cannot be read is passed over.
@@ -22,7 +22,7 @@ pub(crate) fn survey<'a>(
     let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
     let mut found = Vec::new();
     for book in books {
-        for chunk in chunks(book) {
+        for chunk in chunks(book.region()) {
             let buf = &mut buf[..chunk.len_bytes() as usize];
             if found.len() >= SURVEY_MOST {
                 return found;
@@ -43,15 +43,26 @@ pub(crate) fn all<'a>(
     books: impl IntoIterator<Item = &'a Book>,
     mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
 ) -> Result<u64, Failure> {
-    let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
     let mut bytes = 0;
     for book in books {
-        for chunk in chunks(book) {
-            let buf = &mut buf[..chunk.len_bytes() as usize];
-            let entry = book.begin_pass(0, chunk);
-            read(buf, chunk.offset_bytes())?;
-            bytes += book.end_read(entry, buf)?.bytes;
-        }
+        bytes += areas(book, &[book.region()], &mut read)?;
+    }
+    Ok(bytes)
+}
+
+/// As [`all`], with parts of a region alone.
+pub(crate) fn areas(
+    book: &Book,
+    areas: &[SectorRange],
+    mut read: impl FnMut(&mut [u8], u64) -> Result<(), Failure>,
+) -> Result<u64, Failure> {
+    let mut buf = AlignedBuf::zeroed(CHUNK_BYTES as usize);
+    let mut bytes = 0;
+    for chunk in areas.iter().flat_map(|area| chunks(*area)) {
+        let buf = &mut buf[..chunk.len_bytes() as usize];
+        let entry = book.begin_pass(0, chunk);
+        read(buf, chunk.offset_bytes())?;
+        bytes += book.end_read(entry, buf)?.bytes;
     }
     Ok(bytes)
 }

@@ -1,6 +1,7 @@
 //! One worker: a stream of operations, many in flight, each checked as it completes.
 
 mod operations;
+mod scripted;
 
 use std::fs::File;
 use std::io;
@@ -9,11 +10,12 @@ use std::time::{Duration, Instant};
 
 use ublkit::BlockClient;
 use ublkit_harness::plan::{OpKind, WorkerPlan};
-use ublkit_harness::{Op, Plan, SECTOR};
+use ublkit_harness::{Op, SECTOR};
 
 use super::book::Book;
 use super::device::Opened;
 use super::flights::Flights;
+use super::scripted::Scripted;
 use super::shared::Shared;
 use super::tally::Tally;
 use crate::scenario::Failure;
@@ -25,10 +27,31 @@ const PASS_EVERY: u64 = 500;
 /// Operations between two looks at the clock.
 const CLOCK_EVERY: u64 = 32;
 
+/// Where a worker's operations come from.
+pub(crate) enum Source {
+    /// Drawn from a seed, one after another, until a limit is reached.
+    Plan(Box<WorkerPlan>),
+    /// Its part of a script.
+    Script(Arc<Scripted>),
+}
+
+/// What a worker is to do, and what it needs for that.
+pub(crate) struct Work {
+    pub(crate) source: Source,
+    /// Operations in flight, at most.
+    pub(crate) depth: u16,
+    /// The longest of them.
+    pub(crate) longest_bytes: usize,
+    /// What its region may hold.
+    pub(crate) book: Arc<Book>,
+    /// Which part of the region it fills before anything else, and of how many.
+    pub(crate) part: (u32, u32),
+}
+
 /// One worker, and the book of its region.
 pub(crate) struct Worker {
     index: u32,
-    plan: WorkerPlan,
+    source: Option<Source>,
     book: Arc<Book>,
     /// Which part of the region it fills before anything else, and of how many.
     part: (u32, u32),
@@ -43,23 +66,18 @@ pub(crate) struct Worker {
 }
 
 impl Worker {
-    pub(crate) fn new(
-        index: u32,
-        plan: &Plan,
-        opened: &Opened,
-        (book, part): (Arc<Book>, (u32, u32)),
-        shared: Arc<Shared>,
-    ) -> Self {
+    pub(crate) fn new(index: u32, opened: &Opened, work: Work, shared: Arc<Shared>) -> Self {
+        let Work { source, depth, longest_bytes, book, part } = work;
         Self {
             index,
-            plan: plan.worker(index),
+            source: Some(source),
             book,
             part,
             tally: shared.tally(index),
             shared,
             file: opened.file.try_clone(),
-            depth: plan.options().depth as u16,
-            slot_bytes: plan.options().longest_bytes() as usize,
+            depth,
+            slot_bytes: longest_bytes,
             unmap_zeroes: opened.unmap_zeroes,
             sweep: false,
         }
@@ -98,7 +116,11 @@ impl Worker {
             self.prefill(flights)?;
         }
         let began = Instant::now();
-        self.draw(flights)?;
+        match self.source.take() {
+            Some(Source::Plan(plan)) => self.draw(flights, *plan)?,
+            Some(Source::Script(script)) => self.follow(flights, &script)?,
+            None => {}
+        }
         // Summed over the workers: time in which they drew operations, without setting up and filling before.
         Tally::count(&self.tally.draw_us, began.elapsed().as_micros() as u64);
         if self.shared.orders.passes && !self.shared.stopped() {
@@ -130,7 +152,7 @@ impl Worker {
     }
 
     /// Draws operations and keeps as many in flight as there are slots.
-    fn draw(&mut self, flights: &mut Flights) -> Result<(), Failure> {
+    fn draw(&mut self, flights: &mut Flights, mut plan: WorkerPlan) -> Result<(), Failure> {
         let start = Instant::now();
         let mut in_passes = Duration::ZERO;
         let mut begun = 0u64;
@@ -144,7 +166,7 @@ impl Worker {
                     ending = true;
                     break;
                 }
-                let Some(op) = held.take().or_else(|| self.plan.next()) else { break };
+                let Some(op) = held.take().or_else(|| plan.next()) else { break };
                 if self.book.has_to_wait(op) {
                     // Order is kept: nothing overtakes an operation that has to wait.
                     if held.is_none() {

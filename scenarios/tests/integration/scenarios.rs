@@ -25,18 +25,29 @@ cases!("scenarios":
 
 pub(crate) fn run(arguments: &str) -> Output {
     let reports = tempfile::tempdir().expect("a directory");
+    run_into(reports.path(), arguments)
+}
+
+/// With the report in `reports`.
+fn run_into(reports: &Path, arguments: &str) -> Output {
     Command::new(env!("CARGO_BIN_EXE_ublk-torture"))
         // What has spaces in it has them unbreakable.
         .args(arguments.split(' ').map(|argument| argument.replace('\u{a0}', " ")))
         .args(["--json", "--report"])
-        .arg(reports.path())
+        .arg(reports)
         .output()
         .expect("run ublk-torture")
 }
 
 /// The last line of its output: the verdict.
 pub(crate) fn verdict(arguments: &str, code: i32) -> serde_json::Value {
-    let output = run(arguments);
+    let reports = tempfile::tempdir().expect("a directory");
+    verdict_into(reports.path(), arguments, code)
+}
+
+/// As [`verdict`], with the report in `reports`.
+pub(crate) fn verdict_into(reports: &Path, arguments: &str, code: i32) -> serde_json::Value {
+    let output = run_into(reports, arguments);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert_eq!(output.status.code(), Some(code), "ublk-torture {arguments}:\n{out}\n{err}");
     let last = out.lines().last().expect("a last line");
@@ -85,18 +96,18 @@ fn torture_names_a_lost_write_and_its_repro_fails_again() {
     // zeroed later, and the first write that is lost is none of those: with this seed, it comes after 160 others, by when the
     // slowest worker has filled its share.
     let lost = "--prefill --mix read=50,write=50 --mutant lost-write:200";
-    let repro = names(&format!("torture --seed 3 --duration 30s --size 16M {lost}"), "lost");
+    let repro = names(&format!("torture --seed 3 --duration 30s --shrink 0s --size 16M {lost}"), "lost");
     assert!(repro.contains("--seed 3") && repro.contains("--mutant lost-write:200"), "{repro}");
     let arguments = repro.strip_prefix("ublk-torture ").expect("a command of this program");
     names(arguments, "lost");
 }
 
 fn torture_names_a_misdirected_write() {
-    names("torture --seed 4 --duration 30s --size 16M --mutant misdirected-write:30", "misdirected");
+    names("torture --seed 4 --duration 30s --shrink 0s --size 16M --mutant misdirected-write:30", "misdirected");
 }
 
 fn torture_names_a_flipped_bit() {
-    names("torture --seed 5 --duration 30s --size 16M --mutant bitflip-read:30", "bit_flip");
+    names("torture --seed 5 --duration 30s --shrink 0s --size 16M --mutant bitflip-read:30", "bit_flip");
 }
 
 /// A run that is under way. Killed with whatever it started, and nothing else is, if the trial fails.

@@ -22,6 +22,9 @@ impl Worker {
     pub(super) fn begin(&mut self, flights: &mut Flights, op: Op) -> Result<(), Failure> {
         let Op { index, kind, range } = op;
         let (offset, len) = (range.offset_bytes(), range.len_bytes() as usize);
+        if let Some(recorder) = &self.shared.recorder {
+            recorder.op(self.index, op);
+        }
         if len as u64 > self.shared.orders.max_io_bytes {
             Tally::count(&self.tally.longer_than_max_io, 1);
         }
@@ -94,14 +97,23 @@ impl Worker {
         Ok(())
     }
 
+    /// Sends what was begun on its way, now.
+    pub(super) fn submit(&self, flights: &mut Flights) -> Result<(), Failure> {
+        self.enter(flights, 0)
+    }
+
+    fn enter(&self, flights: &mut Flights, want: u32) -> Result<(), Failure> {
+        flights
+            .client
+            .submit_and_wait(want, LOOK_AROUND)
+            .map_err(|error| Failure::Internal(format!("the io_uring of worker {} failed: {error}", self.index)))
+    }
+
     fn collect(&mut self, flights: &mut Flights, want: u32) -> Result<(), Failure> {
         if flights.client.in_flight() == 0 {
             return Ok(());
         }
-        flights
-            .client
-            .submit_and_wait(want, LOOK_AROUND)
-            .map_err(|error| Failure::Internal(format!("the io_uring of worker {} failed: {error}", self.index)))?;
+        self.enter(flights, want)?;
         while let Some((slot, result)) = flights.client.next_completion() {
             flights.free.push(slot);
             flights.progressed = true;

@@ -86,6 +86,9 @@ pub struct Args {
     /// Write every sector once before the random operations begin; always done where the content is not known
     #[arg(long, help_heading = "Workload")]
     prefill: bool,
+    /// How much of what is written can be compressed away, in percent; at most 90 are, whatever is asked for
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=100), help_heading = "Workload")]
+    compressible: u8,
     /// Leave out the passes over the whole region while operations are drawn
     #[arg(long, help_heading = "Workload")]
     no_passes: bool,
@@ -158,6 +161,7 @@ impl Scenario for Args {
                 ("io_size", io_size),
                 ("region", json!(self.region)),
                 ("prefill", json!(self.prefill)),
+                ("compressible", json!(self.compressible)),
                 ("passes", json!(!self.no_passes)),
                 ("faults", self.fault_choice().option()),
                 ("stall_ms", milliseconds(Some(self.stall))),
@@ -249,7 +253,7 @@ impl Args {
 
     fn fill_device(&self, context: &Context, subject: &Subject) -> Result<(Layout, Books), Failure> {
         let opened = subject.open()?;
-        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        let layout = self.layout(&opened);
         let plan = self.plan(context, &opened, &layout)?;
         let books = layout.books(&opened, context.seed(), !self.outages().is_empty());
         let until = None;
@@ -259,6 +263,10 @@ impl Args {
         let crew = Crew { subject, opened, plan, layout: layout_, books: books_, outages: Vec::new() };
         crew.work(context, &Arc::new(shared))?;
         Ok((layout, books))
+    }
+
+    fn layout(&self, opened: &Opened) -> Layout {
+        Layout::new(self.sharing, self.workers, self.region, opened).compressible(self.compressible)
     }
 
     fn start(&self, context: &Context, storage: Option<&Storage>) -> Result<Subject, Failure> {
@@ -291,7 +299,7 @@ impl Args {
         let (layout, books) = if let Some(Filled { layout, books, .. }) = filled {
             (layout, books)
         } else {
-            let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+            let layout = self.layout(&opened);
             let books = layout.books(&opened, context.seed(), !outages.is_empty());
             (layout, books)
         };

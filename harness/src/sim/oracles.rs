@@ -85,7 +85,7 @@ impl Judges {
         let ledger = Ledger::new(LedgerOptions {
             region,
             block_sectors: setup.logical_block / SECTOR as u32,
-            pattern: Arc::new(Pattern::new(seed, 0)),
+            pattern: Arc::new(setup.pattern(seed, 0)),
             foreign,
             device_sectors: region.sectors,
             initially_zero,

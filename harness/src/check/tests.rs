@@ -1,6 +1,7 @@
 //! Backends that are wrong in one place each, and how they are found out.
 
 mod durable;
+mod errors;
 mod racy;
 mod report;
 

@@ -31,7 +31,6 @@
 mod cell;
 mod lump;
 mod slot;
-mod table;
 #[cfg(test)]
 mod tests;
 
@@ -41,9 +40,9 @@ use std::ops::Range;
 
 use self::cell::Cell;
 use self::slot::Slot;
-use self::table::Table;
 use crate::classify::Content;
 use crate::outcome::Outcome;
+use crate::sparse::Sparse;
 use crate::stamp::Stamp;
 
 /// How many slots each change of a block looks at, to give them back. Each change adds at most one to the queue.
@@ -68,7 +67,7 @@ const TIDIED: usize = 2;
 /// ```
 #[derive(Clone)]
 pub struct Durable {
-    table: Table,
+    table: Sparse<Cell>,
     initial: Content,
     volatile_cache: bool,
     slots: Vec<Slot>,
@@ -86,7 +85,7 @@ impl Durable {
     #[must_use]
     pub fn new(blocks: u64, initial: Content, volatile_cache: bool) -> Self {
         Self {
-            table: Table::new(blocks),
+            table: Sparse::new(blocks),
             initial,
             volatile_cache,
             slots: Vec::new(),
@@ -296,7 +295,7 @@ impl Durable {
 impl fmt::Debug for Durable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Durable")
-            .field("blocks", &self.table.blocks())
+            .field("blocks", &self.table.len())
             .field("busy_blocks", &self.busy_blocks())
             .field("volatile_cache", &self.volatile_cache)
             .finish_non_exhaustive()

@@ -58,7 +58,7 @@ const TIDIED: usize = 2;
 /// let mut durable = Durable::new(8, Content::Zero, true);
 /// let first = |_| Content::Written(1);
 /// durable.begin_change(0..2, first, 1);
-/// durable.end_change(0..2, first, 1, 2, Outcome::Done, false);
+/// durable.end_change(0..2, 1, 2, Outcome::Done, false);
 /// assert_eq!(durable.survivors(0), [Content::Zero, Content::Written(1)]);
 ///
 /// // A flush that was submitted at 3 came back without an error.
@@ -111,16 +111,7 @@ impl Durable {
     ///
     /// `blocks` are the same as when it began; their contents are remembered from then. A change that began before the
     /// last power cut is left out: whether it survived was decided by the cut.
-    pub fn end_change(
-        &mut self,
-        blocks: Range<u64>,
-        content_of: impl Fn(u64) -> Content,
-        began: Stamp,
-        now: Stamp,
-        outcome: Outcome,
-        through: bool,
-    ) {
-        let _ = content_of;
+    pub fn end_change(&mut self, blocks: Range<u64>, began: Stamp, now: Stamp, outcome: Outcome, through: bool) {
         let (began, now) = (inner(began), inner(now));
         let durable = through || !self.volatile_cache;
         for block in blocks {
@@ -219,12 +210,10 @@ impl Durable {
         }
     }
 
-    /// Every operation that began before `oldest` has ended.
+    /// Gives back what flushes have settled.
     ///
-    /// Nothing depends on it; it is a good time to give back what flushes have settled, and the work was paid for by
-    /// the changes.
-    pub fn horizon(&mut self, oldest: Stamp) {
-        let _ = oldest;
+    /// Nothing depends on it, and the work was paid for by the changes.
+    pub fn tidy_up(&mut self) {
         self.tidy(usize::MAX);
     }
 

@@ -299,6 +299,27 @@ mod tests {
     }
 
     #[test]
+    fn what_corrupts_in_silence_is_found() {
+        let (mut hit, mut missed) = (0, Vec::new());
+        for seed in 0..200 {
+            let workload = Workload { cuts: true, ..Workload::ops(2000) };
+            let mut trial = Trial::draw(Seed::new(seed), None, workload);
+            trial.header.setup.read_only = false;
+            let sectors = trial.header.setup.device().sectors;
+            trial.header.faults = FaultPlan::draw_silent(&mut Seed::new(seed).derive("silent", 0).rng(), sectors);
+            let ran = trial.run(&RunOptions::default()).expect("a setup that was drawn").ran;
+            match (ran.evidence.count("injections"), ran.failure) {
+                (0, failure) => assert!(failure.is_none(), "seed {seed}: {failure:?}"),
+                (_, Some(_)) => hit += 1,
+                (hits, None) => missed.push((seed, hits, trial.header.faults.to_string())),
+            }
+        }
+        // What strikes seldom may be overwritten before anybody looks, or be an order that operations in flight allow.
+        let often = missed.iter().filter(|(_, hits, _)| *hits > 16).count();
+        assert!(hit > 8 * missed.len() && hit > 150 && often == 0, "{hit} found, not {missed:#?}");
+    }
+
+    #[test]
     fn few_reads_are_judged_loosely() {
         let (mut loose, mut reads) = (0, 0);
         for seed in 200..500 {

@@ -97,7 +97,7 @@ fn an_offset_that_overflows_is_found() {
     assert!(found.operations() <= 3, "{found}");
 }
 
-/// One that is right, but fails or panics at its 1000th write.
+/// One that is right, but fails or panics from its 21st write on.
 struct Fails(Memory, AtomicU64, bool);
 
 impl Backend for Fails {

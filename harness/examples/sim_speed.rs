@@ -42,6 +42,7 @@ fn setup() -> Setup {
         merges: true,
         reorder: 30,
         memory_pressure: false,
+        compressible: 0,
     }
 }
 

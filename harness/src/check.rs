@@ -71,6 +71,7 @@
 //!   without: the kernel and the power are still there, and nobody tells the application to write again. See
 //!   [`kills`](Check::kills).
 //! * What a backend does when it is dropped reaches the medium only where the device is closed in order.
+//! * The medium never fails, unless [`medium_errors`](Check::medium_errors) says so.
 //! * A new device reads as zeroes, see [`initially_anything`](Check::initially_anything), and what is discarded is anything
 //!   until it is written again, see [`discard_reads_zeroes`](Check::discard_reads_zeroes).
 //!
@@ -112,12 +113,12 @@ use self::subject::Opener;
 use self::watch::Remarks;
 use crate::bundle::Failure;
 use crate::event::{Event, Finding};
-use crate::fault::FaultPlan;
+use crate::fault::{Effect, Errno, FaultPlan, Ops, Rule, Stage, Trigger};
 use crate::oracle::Oracle;
-use crate::plan::PlanError;
+use crate::plan::{OpKind, PlanError};
 use crate::range::SectorRange;
 use crate::script::{Action, Actions, Script, Setup, VERSION, Workload};
-use crate::seed::Seed;
+use crate::seed::{Seed, SeededRng};
 use crate::sim::subject::declared_wrong;
 use crate::sim::{Medium, MediumOptions, Ran, RunOptions, run};
 
@@ -141,6 +142,7 @@ pub fn check<M, F: Factory<M>>(factory: F) -> Check<F, M> {
         seeds: Seeds::new(SEEDS),
         ops: OPS,
         timing_faults: true,
+        medium_errors: false,
         medium_bytes: MEDIUM_BYTES,
         reopens: F::ON_MEDIUM,
         kills: true,
@@ -161,6 +163,7 @@ pub struct Check<F, M> {
     seeds: Seeds,
     ops: u64,
     timing_faults: bool,
+    medium_errors: bool,
     medium_bytes: u64,
     reopens: bool,
     kills: bool,
@@ -205,7 +208,7 @@ impl<F: Factory<M>, M> Check<F, M> {
     }
 
     /// Whether requests are delayed, held back, and done in part as a server may do. They are if not said. No errors are
-    /// made up: how a backend fails when what is below it fails is not checked.
+    /// made up, but for [`medium_errors`](Self::medium_errors).
     pub fn timing_faults(mut self, yes: bool) -> Self {
         self.timing_faults = yes;
         self
@@ -287,6 +290,11 @@ impl<F: Factory<M>, M> Check<F, M> {
             checked.ops() > 0 && checked.verified_bytes() > 0,
             "nothing was checked: {checked}; a check needs seeds, operations, and reads of what is known"
         );
+        // One seed alone may have faults that come too late.
+        assert!(
+            !self.medium_errors || checked.seeds < 2 || checked.medium_errors() > 0,
+            "nothing was checked: no call to the medium was made to fail: {checked}; more seeds or operations have some"
+        );
         Ok(checked)
     }
 
@@ -341,9 +349,13 @@ impl<F: Factory<M>, M> Check<F, M> {
         let areas = Areas::draw(&mut seed.derive("areas", 0).rng(), geometry.size, drawn.bytes, block);
         let setup = self.setup_of(drawn, &geometry);
         let mut faults = FaultPlan::NONE;
-        if self.timing_faults {
-            faults = FaultPlan::draw(&mut seed.derive("faults", 0).rng(), setup.device().sectors);
-            faults.rules.retain(|rule| rule.effect.is_timing());
+        if self.timing_faults || self.medium_errors {
+            let mut rng = seed.derive("faults", 0).rng();
+            faults = FaultPlan::draw(&mut rng, setup.device().sectors);
+            faults.rules.retain(|rule| if rule.effect.is_timing() { self.timing_faults } else { self.medium_errors });
+            if self.medium_errors {
+                as_of_a_medium(&mut faults, &mut rng);
+            }
         }
         let workload = Workload {
             ops: Some(self.ops),
@@ -402,6 +414,21 @@ impl<F, S, K> Check<F, (OnMedium, S, K)>
 where
     F: Factory<(OnMedium, S, K)>,
 {
+    /// Whether calls to the [`Medium`] fail now and then, with `EIO` or `ENOSPC`, before, halfway through or after what they
+    /// were to do; they do not if not said.
+    ///
+    /// While such an error is made, operations may fail, with any error; a flush may also be where an earlier one is
+    /// told of. What became of an operation that failed is not known until it is read: all of it, nothing, or some of its
+    /// blocks. What is acknowledged is judged as ever: a backend that takes an error for success loses
+    /// data, and one that has a second try may be right. To fail without need is wrong, then and at any other time: also because
+    /// of an error that was told of before.
+    ///
+    /// No call fails while the device opens, once it is about to be closed, or with [`threads`](Self::threads).
+    pub fn medium_errors(mut self, yes: bool) -> Self {
+        self.medium_errors = yes;
+        self
+    }
+
     /// How large the medium is, in bytes: 4 MiB if not said. It takes as much memory as is written to, and more.
     pub fn medium_bytes(mut self, bytes: u64) -> Self {
         self.medium_bytes = bytes;
@@ -420,6 +447,27 @@ impl Drawn {
         let small = Setup { bytes: self.areas.bytes(), ..self.header.setup };
         let areas = self.areas.clone();
         Ok(Actions::new(self.header.seed, &small, self.workload)?.map(move |action| areas.place(action)))
+    }
+}
+
+/// Errors as disks have them. What was drawn for a whole device is rare; a backend may make few calls of a kind, so in half of
+/// the runs one kind fails often instead.
+fn as_of_a_medium(faults: &mut FaultPlan, rng: &mut SeededRng) {
+    if rng.chance(1, 2) || faults.rules.iter().all(|rule| rule.effect.is_timing()) {
+        faults.rules.retain(|rule| rule.effect.is_timing());
+        let zeroes = Ops::only(OpKind::WriteZeroes);
+        let kinds = [Ops::ANY, Ops::WRITES, Ops::only(OpKind::Read), Ops::only(OpKind::Flush), zeroes];
+        let ops = rng.pick(&kinds).copied().unwrap_or(Ops::ANY);
+        let stage = rng.pick(&[Stage::Before, Stage::Partway, Stage::After]).copied().unwrap_or(Stage::Before);
+        let trigger = Trigger::Rate { hits: 1, out_of: 4 << rng.below(5) };
+        faults.rules.push(Rule { trigger, ..Rule::new(ops, Effect::Error { errno: Errno::EIO, stage }) });
+    }
+    for rule in &mut faults.rules {
+        if let Effect::Error { errno, .. } = &mut rule.effect
+            && *errno != Errno::ENOSPC
+        {
+            *errno = Errno::EIO;
+        }
     }
 }
 

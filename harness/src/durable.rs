@@ -31,7 +31,6 @@
 mod cell;
 mod lump;
 mod slot;
-mod table;
 #[cfg(test)]
 mod tests;
 
@@ -41,9 +40,9 @@ use std::ops::Range;
 
 use self::cell::Cell;
 use self::slot::Slot;
-use self::table::Table;
 use crate::classify::Content;
 use crate::outcome::Outcome;
+use crate::sparse::Sparse;
 use crate::stamp::Stamp;
 
 /// How many slots each change of a block looks at, to give them back. Each change adds at most one to the queue.
@@ -59,7 +58,7 @@ const TIDIED: usize = 2;
 /// let mut durable = Durable::new(8, Content::Zero, true);
 /// let first = |_| Content::Written(1);
 /// durable.begin_change(0..2, first, 1);
-/// durable.end_change(0..2, first, 1, 2, Outcome::Done, false);
+/// durable.end_change(0..2, 1, 2, Outcome::Done, false);
 /// assert_eq!(durable.survivors(0), [Content::Zero, Content::Written(1)]);
 ///
 /// // A flush that was submitted at 3 came back without an error.
@@ -68,7 +67,7 @@ const TIDIED: usize = 2;
 /// ```
 #[derive(Clone)]
 pub struct Durable {
-    table: Table,
+    table: Sparse<Cell>,
     initial: Content,
     volatile_cache: bool,
     slots: Vec<Slot>,
@@ -86,7 +85,7 @@ impl Durable {
     #[must_use]
     pub fn new(blocks: u64, initial: Content, volatile_cache: bool) -> Self {
         Self {
-            table: Table::new(blocks),
+            table: Sparse::new(blocks),
             initial,
             volatile_cache,
             slots: Vec::new(),
@@ -112,16 +111,7 @@ impl Durable {
     ///
     /// `blocks` are the same as when it began; their contents are remembered from then. A change that began before the
     /// last power cut is left out: whether it survived was decided by the cut.
-    pub fn end_change(
-        &mut self,
-        blocks: Range<u64>,
-        content_of: impl Fn(u64) -> Content,
-        began: Stamp,
-        now: Stamp,
-        outcome: Outcome,
-        through: bool,
-    ) {
-        let _ = content_of;
+    pub fn end_change(&mut self, blocks: Range<u64>, began: Stamp, now: Stamp, outcome: Outcome, through: bool) {
         let (began, now) = (inner(began), inner(now));
         let durable = through || !self.volatile_cache;
         for block in blocks {
@@ -220,12 +210,10 @@ impl Durable {
         }
     }
 
-    /// Every operation that began before `oldest` has ended.
+    /// Gives back what flushes have settled.
     ///
-    /// Nothing depends on it; it is a good time to give back what flushes have settled, and the work was paid for by
-    /// the changes.
-    pub fn horizon(&mut self, oldest: Stamp) {
-        let _ = oldest;
+    /// Nothing depends on it, and the work was paid for by the changes.
+    pub fn tidy_up(&mut self) {
         self.tidy(usize::MAX);
     }
 
@@ -296,7 +284,7 @@ impl Durable {
 impl fmt::Debug for Durable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Durable")
-            .field("blocks", &self.table.blocks())
+            .field("blocks", &self.table.len())
             .field("busy_blocks", &self.busy_blocks())
             .field("volatile_cache", &self.volatile_cache)
             .finish_non_exhaustive()

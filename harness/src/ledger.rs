@@ -212,12 +212,12 @@ impl Ledger {
                 let content = |block: u64| Content::Written(flight.generations[(block - first) as usize]);
                 let through = flight.kind == Some(OpKind::WriteFua);
                 self.linear.end_change(blocks.clone(), content, began, now, outcome);
-                self.durable.end_change(blocks, content, began, now, outcome, through);
+                self.durable.end_change(blocks, began, now, outcome, through);
             }
             Some(kind @ (OpKind::Discard | OpKind::WriteZeroes)) => {
                 let content = self.cleared(kind);
                 self.linear.end_change(blocks.clone(), |_| content, began, now, outcome);
-                self.durable.end_change(blocks, |_| content, began, now, outcome, false);
+                self.durable.end_change(blocks, began, now, outcome, false);
             }
             Some(OpKind::Flush) if outcome == Outcome::Done => self.durable.flush_done(began),
             _ => {}
@@ -431,7 +431,7 @@ impl Ledger {
         if moved {
             let oldest = self.order.front().map_or(self.now + 1, |&(began, _)| began);
             self.linear.horizon(oldest);
-            self.durable.horizon(oldest);
+            self.durable.tidy_up();
         }
     }
 

@@ -50,6 +50,7 @@ pub mod outcome;
 pub mod plan;
 pub mod range;
 pub mod report;
+mod ring;
 pub mod script;
 pub mod sector;
 pub mod seed;

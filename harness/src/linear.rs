@@ -36,7 +36,7 @@
 //! ever called wrong. [`Linear::blurred`] counts them.
 
 mod block;
-mod table;
+mod entry;
 #[cfg(test)]
 mod tests;
 
@@ -47,10 +47,11 @@ use std::ops::Range;
 use serde::{Deserialize, Serialize};
 
 use self::block::{Block, Judged, Sweep, Unexplained, VALUES_MAX, Zone};
-use self::table::{Entry, Table};
+use self::entry::Entry;
 use crate::classify::Content;
 use crate::outcome::Outcome;
 use crate::sector::is_newer;
+use crate::sparse::Sparse;
 use crate::stamp::Stamp;
 
 /// Judges reads by the order of operations, block by block.
@@ -63,7 +64,7 @@ use crate::stamp::Stamp;
 #[derive(Clone, Debug)]
 pub struct Linear {
     initial: Content,
-    table: Table,
+    table: Sparse<Entry>,
     blocks: Vec<Block>,
     /// Which of `blocks` are not in use.
     free: Vec<u32>,
@@ -134,7 +135,7 @@ impl Linear {
     pub fn new(blocks: u64, initial: Content) -> Self {
         Self {
             initial,
-            table: Table::new(blocks),
+            table: Sparse::new(blocks),
             blocks: Vec::new(),
             free: Vec::new(),
             queue: VecDeque::new(),
@@ -344,7 +345,7 @@ impl Linear {
 
     #[inline]
     fn check_range(&self, blocks: &Range<u64>) {
-        let there = self.table.blocks();
+        let there = self.table.len();
         assert!(blocks.end <= there, "blocks {blocks:?} are on the device, which has {there}");
     }
 

@@ -129,4 +129,7 @@ pub struct Setup {
     pub reorder: u8,
     /// Memory is short: whoever needs some waits for writeback.
     pub memory_pressure: bool,
+    /// How much of a payload can be compressed away, in percent; more than 90 are as 90. 0 in scripts that do not say.
+    #[serde(default)]
+    pub compressible: u8,
 }

@@ -9,7 +9,6 @@ use crate::fault::{FaultPlan, Faults};
 use crate::mutant::{self, Planted, Plot};
 use crate::plan::PlanError;
 use crate::script::{Act, Action, Actions, Script, Setup, VERSION, Workload};
-use crate::sector::Pattern;
 use crate::seed::Seed;
 use crate::shrink::{ShrinkOptions, Shrunk, Signature, shrink_while};
 use crate::sim::calls::{CallLog, ObservedCalls};
@@ -128,7 +127,7 @@ fn run_on_simulator(header: &Script, actions: &mut dyn Iterator<Item = Action>, 
     let mut subject = Planting::new(header);
     let mut options = options.clone();
     if options.foreign.is_empty() {
-        options.foreign = Arc::new([Pattern::new(header.seed, OTHER_DEVICE)]);
+        options.foreign = Arc::new([header.setup.pattern(header.seed, OTHER_DEVICE)]);
     }
     let ran = run(&header.setup, header.seed, &mut subject, actions, &options);
     Tried { ran, hits: header.mutant.map(|_| subject.plot.hits.count()) }
@@ -158,7 +157,7 @@ impl Planting {
         let admitting = faults.clone();
         plot.injected = Some(Arc::new(move |kind, range, errno| admitting.admit(kind, range, errno)));
         plot.logical_block = header.setup.logical_block;
-        plot.foreign = Some(Arc::new(Pattern::new(header.seed, OTHER_DEVICE)));
+        plot.foreign = Some(Arc::new(header.setup.pattern(header.seed, OTHER_DEVICE)));
         Self { planted: header.mutant, plot, described, declared, reorder: header.setup.reorder, calls, faults }
     }
 }
@@ -212,6 +211,10 @@ impl Subject for Planting {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::OpKind;
+    use crate::range::SectorRange;
+    use crate::sector::SECTOR;
+    use crate::sim::MediumSubject;
 
     #[test]
     fn a_sound_device_passes_whatever_is_drawn() {
@@ -225,6 +228,95 @@ mod tests {
             ops += tried.ran.ops;
         }
         assert_eq!(ops, 200 * 500);
+    }
+
+    /// How a trial ends when so much of its payloads compresses.
+    fn compressed(seed: u64, mutant: Option<&str>, percent: u8) -> (u64, Option<(Signature, u64)>) {
+        let planted = mutant.map(|name| name.parse::<Planted>().expect("a mutant"));
+        let mut trial = Trial::draw(Seed::new(seed), planted, Workload::everything(1000));
+        trial.header.setup.compressible = percent;
+        let ran = trial.run(&RunOptions::default()).expect("a setup that was drawn").ran;
+        let failure = ran.failure.map(|failure| (Signature::of(failure.oracle, &failure.event), failure.after_ops));
+        (ran.ops, failure)
+    }
+
+    /// How many words of a sector are like its first one, on a disk that something was written to.
+    fn words_alike(percent: u8) -> usize {
+        let mut setup = Trial::draw(Seed::new(1), None, Workload::ops(1)).header.setup;
+        (setup.compressible, setup.read_only) = (percent, false);
+        let range = SectorRange::new(0, setup.block_sectors());
+        let act = Act::Op { kind: OpKind::Write, range };
+        let mut sector = [0; SECTOR];
+        let mut disk = None;
+        let mut subject = MediumSubject::new(&setup).wrap_backend(|backend, medium, _| {
+            disk = Some(medium.clone());
+            backend
+        });
+        let mut actions = [Action { worker: 0, act }].into_iter();
+        let ran = run(&setup, Seed::new(1), &mut subject, &mut actions, &RunOptions::default());
+        drop(subject);
+        assert!(ran.failure.is_none() && ran.ops == 1);
+        disk.expect("it was opened").read_at(&mut sector, 0).expect("it is there");
+        let words = sector.as_chunks::<8>().0;
+        words.iter().filter(|word| **word == words[0]).count()
+    }
+
+    #[test]
+    fn payloads_that_compress_are_judged_like_others() {
+        assert_eq!([0, 50, 100].map(words_alike), [1, 32, 57]);
+        for seed in 0..60 {
+            for percent in [50, 100] {
+                assert_eq!(compressed(seed, None, percent), (1000, None), "seed {seed}, {percent} %");
+            }
+        }
+        for (mutant, class) in [
+            ("lost-overwrite", "lost"),
+            ("misdirected-write", "misdirected"),
+            ("bitflip-read:20", "bit_flip"),
+            ("shifted-write:20", "shifted"),
+            ("torn-below-atomic", "torn"),
+            ("zeroed-buffer:20", "zero"),
+            ("cross-device-bleed:20", "foreign_device"),
+        ] {
+            let mut named = [0; 3];
+            for seed in 0..12 {
+                let plain = compressed(seed, Some(mutant), 0);
+                for (percent, named) in [0, 50, 100].into_iter().zip(&mut named) {
+                    let (ops, failure) = compressed(seed, Some(mutant), percent);
+                    let when = |failure: &Option<(Signature, u64)>| failure.as_ref().map(|(_, after_ops)| *after_ops);
+                    assert_eq!(
+                        (ops, when(&failure)),
+                        (plain.0, when(&plain.1)),
+                        "{mutant}, seed {seed}, {percent} %"
+                    );
+                    *named += u32::from(failure.is_some_and(|(signature, _)| signature.class == class));
+                }
+            }
+            // Where only words are seen that are all the same, they name no distance and no place, and so not each of these.
+            let few = if matches!(class, "shifted" | "torn") { 1 } else { named[0] };
+            assert!(named[0] >= 3 && named[1] >= few && named[2] >= few, "{mutant}: {named:?} are {class}");
+        }
+    }
+
+    #[test]
+    fn what_corrupts_in_silence_is_found() {
+        let (mut hit, mut missed) = (0, Vec::new());
+        for seed in 0..200 {
+            let workload = Workload { cuts: true, ..Workload::ops(2000) };
+            let mut trial = Trial::draw(Seed::new(seed), None, workload);
+            trial.header.setup.read_only = false;
+            let sectors = trial.header.setup.device().sectors;
+            trial.header.faults = FaultPlan::draw_silent(&mut Seed::new(seed).derive("silent", 0).rng(), sectors);
+            let ran = trial.run(&RunOptions::default()).expect("a setup that was drawn").ran;
+            match (ran.evidence.count("injections"), ran.failure) {
+                (0, failure) => assert!(failure.is_none(), "seed {seed}: {failure:?}"),
+                (_, Some(_)) => hit += 1,
+                (hits, None) => missed.push((seed, hits, trial.header.faults.to_string())),
+            }
+        }
+        // What strikes seldom may be overwritten before anybody looks, or be an order that operations in flight allow.
+        let often = missed.iter().filter(|(_, hits, _)| *hits > 16).count();
+        assert!(hit > 8 * missed.len() && hit > 150 && often == 0, "{hit} found, not {missed:#?}");
     }
 
     #[test]

@@ -37,6 +37,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use ublkit_harness::fault::FaultPlan;
+use ublkit_harness::script::Setup;
 use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, SectorRange};
 
 use self::accounts::Accounts;
@@ -102,6 +103,9 @@ pub struct Args {
     /// Write every sector once before the random operations begin; always done where the content is not known
     #[arg(long, help_heading = "Workload")]
     prefill: bool,
+    /// How much of what is written can be compressed away, in percent; at most 90 are, whatever is asked for
+    #[arg(long, value_name = "PERCENT", default_value_t = 0, value_parser = clap::value_parser!(u8).range(..=100), help_heading = "Workload")]
+    compressible: u8,
     /// Leave out the passes over the whole region while operations are drawn
     #[arg(long, help_heading = "Workload")]
     no_passes: bool,
@@ -178,6 +182,7 @@ impl Scenario for Args {
                 ("io_size", io_size),
                 ("region", json!(self.region)),
                 ("prefill", json!(self.prefill)),
+                ("compressible", json!(self.compressible)),
                 ("passes", json!(!self.no_passes)),
                 ("faults", self.fault_choice().option()),
                 ("stall_ms", milliseconds(Some(self.stall))),
@@ -281,7 +286,7 @@ impl Args {
 
     fn fill_device(&self, context: &Context, subject: &Subject) -> Result<Books, Failure> {
         let opened = subject.open()?;
-        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        let layout = self.layout(&opened);
         let plan = self.plan(context, &opened, &layout)?;
         let books = layout.books(&opened, context.seed(), !self.outages().is_empty());
         let until = None;
@@ -290,6 +295,10 @@ impl Args {
         let job = Job::Draw { plan: &plan, layout: &layout, books: &books, outages: Vec::new() };
         Crew { subject, opened: &opened, job }.work(context, &Arc::new(shared))?;
         Ok(books)
+    }
+
+    fn layout(&self, opened: &Opened) -> Layout {
+        Layout::new(self.sharing, self.workers, self.region, opened).compressible(self.compressible)
     }
 
     fn start(&self, context: &Context, storage: Option<&Storage>) -> Result<Subject, Failure> {
@@ -316,7 +325,7 @@ impl Args {
     ) -> Result<(), Failure> {
         let (_ours_alone, opened) =
             context.step("open", Duration::from_secs(30), |_| Ok((subject.keep_to_ourselves()?, subject.open()?)))?;
-        let layout = Layout::new(self.sharing, self.workers, self.region, &opened);
+        let layout = self.layout(&opened);
         let underway = underway.insert(self.underway(context, subject, &opened, &layout));
         if let Some(report) = context.report_dir().map(ToOwned::to_owned) {
             let underway = underway.clone();
@@ -397,7 +406,10 @@ impl Args {
         Underway {
             stage: Stage { place, device: opened.device_id, stall: self.stall },
             seed: context.seed(),
-            setup: failed::setup(subject, opened, self.workers, self.io_depth),
+            setup: Setup {
+                compressible: self.compressible,
+                ..failed::setup(subject, opened, self.workers, self.io_depth)
+            },
             mutant,
             faults: if opened.ours { self.fault_plan(context) } else { FaultPlan::NONE },
             regions: layout.regions().to_vec(),

@@ -5,7 +5,7 @@ use crate::event::Event;
 use crate::mismatch::Mismatch;
 use crate::plan::OpKind;
 use crate::script::{Act, Script};
-use crate::sector::{Pattern, SECTOR};
+use crate::sector::SECTOR;
 
 /// A line is no longer than this, where that can be helped.
 const COLUMNS: usize = 110;
@@ -37,7 +37,7 @@ pub(super) fn page(bundle: &Bundle) -> String {
         let history = last(&history, HISTORY, "earlier ones");
         let title = "the oldest first (#: which operation of its worker)";
         page.section(&format!("What was done to sector {}, {title}", mismatch.sector), &history);
-        let pattern = Pattern::new(script.seed, bundle.device);
+        let pattern = script.setup.pattern(script.seed, bundle.device);
         let title = format!("Words of sector {} that differ (8 bytes each, as they lie there)", mismatch.sector);
         page.section(&title, &super::dump::lines(mismatch, &pattern, script.setup.device().sectors));
     }

@@ -47,6 +47,7 @@ fn setup() -> Setup {
         merges: false,
         reorder: 0,
         memory_pressure: false,
+        compressible: 0,
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::page;
 use super::racing::Race;
+use super::watch::Said;
 use crate::bundle::Failure;
 use crate::script::{Act, Script};
 use crate::seed::Seed;
@@ -26,8 +27,8 @@ pub struct Found {
     pub(super) failure: Failure,
     pub(super) smallest: Option<Smallest>,
     pub(super) race: Option<Race>,
-    /// What the backend had to say.
-    pub(super) remarks: Vec<String>,
+    /// What the backend and its medium had to say.
+    pub(super) remarks: Said,
 }
 
 /// The smallest script that fails.
@@ -66,6 +67,12 @@ impl Checked {
         self.evidence.count("power_cuts")
     }
 
+    /// How many calls to the medium were made to fail.
+    #[must_use]
+    pub fn medium_errors(&self) -> u64 {
+        self.evidence.count("storage_errors")
+    }
+
     /// How many calls were made by several threads at once.
     #[must_use]
     pub fn thread_calls(&self) -> u64 {
@@ -87,6 +94,7 @@ impl fmt::Display for Checked {
             ("power cuts", count("power_cuts")),
             ("deaths of the server", count("kills")),
             ("reopens", count("reopens")),
+            ("errors of the medium", count("storage_errors")),
             ("calls by threads", count("thread_calls")),
         ] {
             if count > 0 {
@@ -99,7 +107,7 @@ impl fmt::Display for Checked {
 
 impl Found {
     pub(super) fn new(seed: Seed, failure: Failure) -> Self {
-        Self { seed, failure, smallest: None, race: None, remarks: Vec::new() }
+        Self { seed, failure, smallest: None, race: None, remarks: Said::default() }
     }
 
     /// The seed that shows it again.

@@ -7,6 +7,7 @@ use super::found::Smallest;
 use crate::bundle::Failure;
 use crate::classify::{Class, Content};
 use crate::event::Event;
+use crate::fault::Rule;
 use crate::mismatch::Mismatch;
 use crate::oracle::Oracle;
 use crate::plan::OpKind;
@@ -34,10 +35,14 @@ pub(super) fn page(found: &Found) -> String {
             section(&mut page, "", &[hint.to_owned()]);
         }
     }
-    section(&mut page, "What the backend said", &found.remarks);
+    section(&mut page, "What the backend said", &found.remarks.backend);
+    section(&mut page, "Calls to its medium that were made to fail, the last of them", &found.remarks.medium);
+    if !found.remarks.medium.is_empty() {
+        let hint = "Because of that an operation may fail. One that is acknowledged has to be right all the same.";
+        section(&mut page, "", &[hint.to_owned()]);
+    }
     if let Some(script) = script {
-        let faults = script.faults.to_string();
-        let faults = faults.lines().map(|rule| format!("fault: {rule}"));
+        let faults = faults(script).into_iter();
         let setup = script.setup.to_string();
         let lines: Vec<String> = wrapped(&setup).into_iter().chain(faults).collect();
         section(&mut page, "The device, and how it is driven", &lines);
@@ -47,6 +52,18 @@ pub(super) fn page(found: &Found) -> String {
         [format!("put `.seed({seed})` into the test in place of `.seeds(…)`, or set UBLKIT_CHECK_SEED={seed}")];
     section(&mut page, "To see it again", &again);
     page
+}
+
+/// What is made to happen besides operations.
+fn faults(script: &Script) -> Vec<String> {
+    let line = |rule: &Rule| {
+        let whose = if rule.effect.is_timing() { "" } else { "in calls to the medium: " };
+        format!("fault: {whose}{rule}")
+    };
+    match &script.faults.rules[..] {
+        [] => vec![format!("fault: {}", script.faults)],
+        rules => rules.iter().map(line).collect(),
+    }
 }
 
 /// A title with lines below it; nothing when there are none.

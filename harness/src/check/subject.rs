@@ -11,9 +11,11 @@ use ublkit::backends::Null;
 
 use super::Factory;
 use super::watch::Remarks;
-use crate::fault::Faults;
+use crate::fault::{Faults, Stage};
+use crate::range::SectorRange;
 use crate::script::{Script, Setup};
 use crate::seed::SeededRng;
+use crate::sim::medium::failing::Failing;
 use crate::sim::{Buffers, Commit, Medium, MediumOptions, Open, Server, Subject, TagId, Work};
 
 /// Opens the device with the factory, again and again.
@@ -25,6 +27,8 @@ pub(super) struct Opener<'a, F, M> {
     reorder: u8,
     declared: Geometry,
     faults: Faults,
+    /// Whether calls to the medium may fail: neither while the device opens, nor once it is about to be closed.
+    armed: Arc<AtomicBool>,
     /// Whether the server that is there now will be closed in order.
     orderly: Arc<AtomicBool>,
     marker: PhantomData<M>,
@@ -40,20 +44,48 @@ impl<'a, F: Factory<M>, M> Opener<'a, F, M> {
     ) -> Self {
         let seed = header.seed.derive("fault backend", 0);
         let faults = Faults::new(header.faults.clone(), seed);
-        // Tells the faults how large a block is. They are faults of time, which are not for a backend to have.
+        // Tells the faults how large a block is. They are faults of time, and the medium's: none is a backend's to have.
         drop(faults.backend(Null::with_geometry(declared)));
-        let (reorder, orderly, marker) = (header.setup.reorder, Arc::default(), PhantomData);
-        Self { factory, medium_bytes, initially_zero, remarks, reorder, declared, faults, orderly, marker }
+        Self {
+            factory,
+            medium_bytes,
+            initially_zero,
+            remarks,
+            reorder: header.setup.reorder,
+            declared,
+            faults,
+            armed: Arc::default(),
+            orderly: Arc::default(),
+            marker: PhantomData,
+        }
+    }
+
+    /// A handle of the medium, whose calls fail as the plan says.
+    fn connect(&self, medium: &Medium) -> Medium {
+        let remarks = self.remarks.clone();
+        let tell = move |kind, range: SectorRange, errno, stage| {
+            let place = if range.is_empty() { String::new() } else { format!(" of sectors {range}") };
+            let done = match stage {
+                Stage::Before => "nothing of it was done",
+                Stage::Partway => "a part of it may have been done",
+                Stage::After => "all of it was done",
+            };
+            remarks.add_of_medium(format!("{kind}{place}: {errno}; {done}"));
+        };
+        let (faults, armed) = (self.faults.clone(), Arc::clone(&self.armed));
+        medium.connect().failing(Failing { faults, armed, tell: Arc::new(tell) })
     }
 }
 
 impl<F: Factory<M>, M> Subject for Opener<'_, F, M> {
     fn open(&mut self, medium: Option<&Medium>, why: Open) -> Box<dyn Server> {
-        let line = medium.map(Medium::connect);
+        self.armed.store(false, Ordering::Relaxed);
+        let line = medium.map(|medium| self.connect(medium));
         self.orderly = Arc::default();
         let server = match self.factory.open(line.clone()) {
             Ok(opened) => {
                 self.declared = opened.geometry();
+                self.armed.store(true, Ordering::Relaxed);
                 opened.serve(self.reorder, self.remarks)
             }
             Err(why_not) => {
@@ -84,6 +116,7 @@ impl<F: Factory<M>, M> Subject for Opener<'_, F, M> {
     }
 
     fn stopping(&mut self) {
+        self.armed.store(false, Ordering::Relaxed);
         self.orderly.store(true, Ordering::Relaxed);
     }
 
@@ -93,6 +126,10 @@ impl<F: Factory<M>, M> Subject for Opener<'_, F, M> {
 
     fn faults(&self) -> Option<&Faults> {
         Some(&self.faults)
+    }
+
+    fn fails_below(&self) -> bool {
+        F::ON_MEDIUM
     }
 }
 

@@ -1,6 +1,7 @@
 //! Backends that are wrong in one place each, and how they are found out.
 
 mod durable;
+mod errors;
 mod racy;
 mod report;
 
@@ -96,7 +97,7 @@ fn an_offset_that_overflows_is_found() {
     assert!(found.operations() <= 3, "{found}");
 }
 
-/// One that is right, but fails or panics at its 1000th write.
+/// One that is right, but fails or panics from its 21st write on.
 struct Fails(Memory, AtomicU64, bool);
 
 impl Backend for Fails {

@@ -4,31 +4,51 @@ use std::any::Any;
 use std::fmt;
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 
 use crate::range::SectorRange;
 
-/// How many remarks are kept.
+/// How many remarks of anyone's are kept.
 const KEPT: usize = 3;
 
-/// The last that a backend, or whoever opened it, had to say. Clones are the same.
+/// What was said during a run. Clones are the same.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Remarks(Arc<Mutex<Vec<String>>>);
+pub(super) struct Remarks(Arc<Mutex<Said>>);
+
+/// The last that anyone had to say.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Said {
+    /// A backend, or whoever opened it.
+    pub(super) backend: Vec<String>,
+    /// The medium: calls that it had fail.
+    pub(super) medium: Vec<String>,
+}
 
 impl Remarks {
     pub(super) fn add(&self, remark: String) {
-        let mut remarks = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if remarks.len() == KEPT {
-            remarks.remove(0);
-        }
-        remarks.push(remark);
+        keep(&mut self.said().backend, remark);
     }
 
-    pub(super) fn take(&self) -> Vec<String> {
-        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    pub(super) fn add_of_medium(&self, remark: String) {
+        keep(&mut self.said().medium, remark);
     }
+
+    pub(super) fn take(&self) -> Said {
+        std::mem::take(&mut *self.said())
+    }
+
+    fn said(&self) -> MutexGuard<'_, Said> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn keep(remarks: &mut Vec<String>, remark: String) {
+    if remarks.len() == KEPT {
+        remarks.remove(0);
+    }
+    remarks.push(remark);
 }
 
 /// What a panic said.

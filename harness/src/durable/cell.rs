@@ -16,14 +16,11 @@ const WRITTEN: u32 = 1 << 24;
 const ZERO: u32 = 2 << 24;
 const UNKNOWN: u32 = 3 << 24;
 
-/// One content, or where there are several.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One content, or where there are several. By default whatever was there before the first operation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Cell(u32);
 
 impl Cell {
-    /// Whatever was there before the first operation.
-    pub(super) const UNTOUCHED: Self = Self(0);
-
     #[inline]
     pub(super) const fn new(content: Content) -> Self {
         Self(match content {
@@ -39,21 +36,11 @@ impl Cell {
     }
 
     #[inline]
-    pub(super) const fn from_bits(bits: u32) -> Self {
-        Self(bits)
-    }
-
-    #[inline]
-    pub(super) const fn bits(self) -> u32 {
-        self.0
-    }
-
-    #[inline]
     pub(super) const fn slot(self) -> Option<u32> {
         if self.0 & SLOT == 0 { None } else { Some(self.0 & !SLOT) }
     }
 
-    /// The content, unless it is [`UNTOUCHED`](Self::UNTOUCHED) or in a slot.
+    /// The content, unless it was never touched or is in a slot.
     #[inline]
     pub(super) const fn content(self) -> Option<Content> {
         match self.0 & !GENERATION_MAX {
@@ -73,12 +60,12 @@ mod tests {
     fn cells_say_what_was_put_in() {
         let contents = [Content::Zero, Content::Unknown, Content::Written(1), Content::Written(GENERATION_MAX)];
         for content in contents {
-            let cell = Cell::from_bits(Cell::new(content).bits());
+            let cell = Cell::new(content);
             assert_eq!((cell.content(), cell.slot()), (Some(content), None));
         }
         for slot in [0, 1, WRITTEN, SLOT - 1] {
             assert_eq!((Cell::in_slot(slot).content(), Cell::in_slot(slot).slot()), (None, Some(slot)));
         }
-        assert_eq!((Cell::UNTOUCHED.content(), Cell::UNTOUCHED.slot()), (None, None));
+        assert_eq!((Cell::default().content(), Cell::default().slot()), (None, None));
     }
 }

@@ -32,14 +32,14 @@ impl Device {
         now
     }
 
-    fn end(&mut self, content: Content, began: Stamp, outcome: Outcome, through: bool) {
+    fn end(&mut self, began: Stamp, outcome: Outcome, through: bool) {
         let now = self.tick();
-        self.durable.end_change(0..1, |_| content, began, now, outcome, through);
+        self.durable.end_change(0..1, began, now, outcome, through);
     }
 
     fn change(&mut self, content: Content, outcome: Outcome) {
         let began = self.begin(content);
-        self.end(content, began, outcome, false);
+        self.end(began, outcome, false);
     }
 
     fn flush(&mut self) {

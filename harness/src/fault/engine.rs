@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use ublkit::Backend;
 
-use super::{Effect, FaultBackend, FaultPlan, HoldId, Injection, Rule, Timing, Trigger};
+use super::{Effect, Errno, FaultBackend, FaultPlan, HoldId, Injection, Rule, Stage, Timing, Trigger};
 use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::sector::SECTOR;
@@ -159,8 +159,8 @@ impl Faults {
     /// Takes note of an error that somebody else made, above the backend: an operation failed with `errno`, a positive
     /// number, as if a fault had been injected.
     pub fn admit(&self, kind: OpKind, range: SectorRange, errno: i32) {
-        let Some(named) = super::Errno::new(errno) else { return };
-        let effect = Effect::Error { errno: named, stage: super::Stage::Before };
+        let Some(named) = Errno::new(errno) else { return };
+        let effect = Effect::Error { errno: named, stage: Stage::Before };
         let began = self.now();
         let mut progress = self.progress();
         let number = progress.injections.last().map_or(0, |last| last.number + 1);
@@ -210,6 +210,20 @@ impl Faults {
         };
         self.record(&fired, kind, range);
         Some(timing)
+    }
+
+    /// The error that a call to the storage below a backend ends with, at which stage, and what the rest is drawn from; if
+    /// there is one. It is an injection like others, in a place that need not be the device's.
+    pub(crate) fn error_below(&self, kind: OpKind, range: SectorRange) -> Option<(Errno, Stage, SeededRng)> {
+        if !self.judges_calls() {
+            return None;
+        }
+        let fired = self.fire(kind, range, false, |effect, _| matches!(effect, Effect::Error { .. }))?;
+        self.record(&fired, kind, range);
+        match fired.effect {
+            Effect::Error { errno, stage } => Some((errno, stage, fired.rng)),
+            _ => None,
+        }
     }
 
     /// How many requests are held.
@@ -305,7 +319,7 @@ impl Faults {
     /// What fired has happened.
     pub(super) fn record(&self, fired: &Fired, kind: OpKind, range: SectorRange) {
         let Fired { effect, rule, number, began, .. } = *fired;
-        let errno = effect.errno().map(super::Errno::number);
+        let errno = effect.errno().map(Errno::number);
         let mut progress = self.progress();
         progress.injections.push(Injection { number, rule, kind, range, effect, errno, began, ended: self.now() });
         self.0.untaken.fetch_add(1, Ordering::Release);

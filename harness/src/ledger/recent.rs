@@ -6,6 +6,7 @@ use crate::mismatch::PastOp;
 use crate::outcome::Outcome;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
+use crate::ring::Ring;
 use crate::sector::{Generation, previous_generation};
 
 /// How many operations on a wrong block are told.
@@ -14,10 +15,7 @@ const TOLD: usize = 16;
 /// The last operations in the order in which they began, oldest overwritten first.
 #[derive(Clone, Debug)]
 pub(super) struct Recent {
-    ring: Vec<Entry>,
-    capacity: usize,
-    /// How many operations were ever remembered.
-    count: u64,
+    ring: Ring<Entry>,
     /// How many had been when the power was last cut.
     cut: Option<u64>,
 }
@@ -34,30 +32,18 @@ pub(super) struct Entry {
 
 impl Recent {
     pub(super) fn for_blocks(blocks: u64) -> Self {
-        let capacity = (blocks / 8).clamp(256, 16_384) as usize;
-        Self { ring: Vec::with_capacity(capacity), capacity, count: 0, cut: None }
+        Self { ring: Ring::new((blocks / 8).clamp(256, 16_384) as usize), cut: None }
     }
 
     /// Remembers an operation; the number it returns is for [`finish`](Self::finish).
     #[inline]
     pub(super) fn remember(&mut self, entry: Entry) -> u64 {
-        let number = self.count;
-        self.count += 1;
-        if self.ring.len() < self.capacity {
-            self.ring.push(entry);
-        } else {
-            let slot = self.slot(number);
-            self.ring[slot] = entry;
-        }
-        number
+        self.ring.push(entry)
     }
 
     #[inline]
     pub(super) fn finish(&mut self, number: u64, outcome: Outcome) {
-        let slot = self.slot(number);
-        if self.count - number <= self.capacity as u64
-            && let Some(entry) = self.ring.get_mut(slot)
-        {
+        if let Some(entry) = self.ring.get_mut(number) {
             entry.outcome = Some(outcome);
         }
     }
@@ -69,7 +55,7 @@ impl Recent {
     pub(super) fn of_sector(&self, sector: u64, newest: Generation) -> Vec<PastOp> {
         let mut left = newest;
         let mut told = Vec::new();
-        for entry in self.newest_first().filter(|entry| entry.range.contains(sector)) {
+        for entry in self.ring.newest_first().filter(|entry| entry.range.contains(sector)) {
             let writes = matches!(entry.kind, OpKind::Write | OpKind::WriteFua);
             let generation = writes.then_some(left);
             if writes && left != 0 {
@@ -96,7 +82,7 @@ impl Recent {
     pub(super) fn replaced(&self, sector: u64, newest: Generation) -> Option<Content> {
         let mut left = newest;
         let mut changes = 0;
-        for entry in self.newest_first().filter(|entry| entry.kind.changes() && entry.range.contains(sector)) {
+        for entry in self.ring.newest_first().filter(|entry| entry.kind.changes() && entry.range.contains(sector)) {
             let writes = matches!(entry.kind, OpKind::Write | OpKind::WriteFua);
             if entry.outcome != Some(Outcome::Done) {
                 return None;
@@ -114,29 +100,24 @@ impl Recent {
 
     /// The power is cut.
     pub(super) fn cut(&mut self) {
-        self.cut = Some(self.count);
+        self.cut = Some(self.ring.count());
     }
 
     /// Whether nobody has changed `sector` since the power was cut, or read it, but for the last operation that ended.
     pub(super) fn is_unseen_since_cut(&self, sector: u64) -> bool {
-        let Some(cut) = self.cut.filter(|cut| self.count - cut < self.capacity as u64) else { return false };
-        let since = self.newest_first().take((self.count - cut) as usize);
+        let Some(cut) = self.cut else { return false };
+        let since = (self.ring.count() - cut) as usize;
+        if since >= self.ring.capacity() {
+            return false;
+        }
+        let since = self.ring.newest_first().take(since);
         let touching = since.filter(|entry| entry.range.contains(sector));
         let telling = touching.filter(|entry| entry.kind.changes() || entry.outcome == Some(Outcome::Done));
         // The read that asks is one of them.
         telling.count() <= 1
     }
 
-    fn newest_first(&self) -> impl Iterator<Item = Entry> {
-        let oldest = self.count - self.ring.len() as u64;
-        (oldest..self.count).rev().map(|number| self.ring[self.slot(number)])
-    }
-
     pub(super) fn memory_bytes(&self) -> usize {
-        self.capacity * size_of::<Entry>()
-    }
-
-    fn slot(&self, number: u64) -> usize {
-        (number % self.capacity as u64) as usize
+        self.ring.memory_bytes()
     }
 }

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Act, Action, Recovery, Setup};
 use crate::plan::{Capabilities, Mix, Op, OpKind, Plan, PlanError, PlanOptions, WorkerPlan};
 use crate::range::SectorRange;
+use crate::sector::{COMPRESSIBILITY_MAX, Pattern};
 use crate::seed::{Seed, SeededRng};
 
 /// The smallest device that is drawn, in bytes.
@@ -89,6 +90,7 @@ impl Setup {
             merges: yes("merges", 1, 2),
             reorder: draw_reorder(&mut of("reorder")),
             memory_pressure: yes("memory pressure", 1, 8),
+            compressible: draw_compressible(&mut of("compressible")),
         }
     }
 
@@ -102,6 +104,12 @@ impl Setup {
     #[must_use]
     pub const fn device(&self) -> SectorRange {
         SectorRange::device(self.bytes)
+    }
+
+    /// What the run of `seed` writes to its device number `device`.
+    #[must_use]
+    pub fn pattern(&self, seed: Seed, device: u32) -> Pattern {
+        Pattern::with_compressibility(seed, device, self.compressible)
     }
 
     /// Sectors of a logical block.
@@ -132,6 +140,15 @@ fn draw_reorder(rng: &mut SeededRng) -> u8 {
         0 => 0,
         1 => 100,
         _ => rng.within(1..=99) as u8,
+    }
+}
+
+/// Mostly not at all, as a device that does not compress never sees a difference.
+fn draw_compressible(rng: &mut SeededRng) -> u8 {
+    match rng.below(8) {
+        0 => COMPRESSIBILITY_MAX,
+        1 => rng.within(1..=COMPRESSIBILITY_MAX.into()) as u8,
+        _ => 0,
     }
 }
 

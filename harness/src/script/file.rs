@@ -127,7 +127,9 @@ impl Setup {
         ] {
             check((1..=MANY).contains(&value), || format!("{name} is {value}, not a number from 1 to {MANY}"))?;
         }
-        check(self.reorder <= 100, || format!("reorder is {}, more than 100", self.reorder))?;
+        for (name, percent) in [("reorder", self.reorder), ("compressible", self.compressible)] {
+            check(percent <= 100, || format!("{name} is {percent}, more than 100"))?;
+        }
         check(self.volatile_cache || !self.fua, || "fua needs volatile_cache".to_owned())?;
         check(self.discard || !self.discard_zeroes, || "discard_zeroes needs discard".to_owned())
     }

@@ -69,7 +69,7 @@ fn draws_are_pinned() {
         setup_of(42).to_string(),
         "bytes=265728 logical_block=512 max_io_bytes=32768 queues=2 queue_depth=32 workers=2 io_depth=6 \
          volatile_cache=true fua=false discard=true discard_zeroes=true write_zeroes=true read_only=false \
-         recovery=reissue merges=false reorder=100 memory_pressure=false"
+         recovery=reissue merges=false reorder=100 memory_pressure=false compressible=0"
     );
     let mut digest = 0_u64;
     for action in actions(42, &setup_of(42), Workload::everything(1000)) {
@@ -78,6 +78,21 @@ fn draws_are_pinned() {
         }
     }
     assert_eq!(digest, 17_741_126_207_782_170_616);
+}
+
+#[test]
+fn a_script_from_before_payloads_compressed_still_loads() {
+    let mut script = script(1, 5);
+    script.setup.compressible = 0;
+    let json = script.to_json();
+    let older = json.replace(",\"compressible\":0", "");
+    assert!(older.len() < json.len(), "{json}");
+    assert_eq!(Script::from_json(&older), Ok(script.clone()));
+    script.setup.compressible = 70;
+    assert_eq!(Script::from_json(&script.to_json()), Ok(script.clone()));
+    script.setup.compressible = 101;
+    let error = script.validate().expect_err("more than all of it");
+    assert_eq!(error.to_string(), "compressible is 101, more than 100");
 }
 
 #[test]

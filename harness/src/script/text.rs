@@ -46,12 +46,13 @@ impl fmt::Display for Setup {
             merges,
             reorder,
             memory_pressure,
+            compressible,
         } = *self;
         write!(f, "bytes={bytes} logical_block={logical_block} max_io_bytes={max_io_bytes} queues={queues} ")?;
         write!(f, "queue_depth={queue_depth} workers={workers} io_depth={io_depth} ")?;
         write!(f, "volatile_cache={volatile_cache} fua={fua} discard={discard} discard_zeroes={discard_zeroes} ")?;
         write!(f, "write_zeroes={write_zeroes} read_only={read_only} recovery={recovery} merges={merges} ")?;
-        write!(f, "reorder={reorder} memory_pressure={memory_pressure}")
+        write!(f, "reorder={reorder} memory_pressure={memory_pressure} compressible={compressible}")
     }
 }
 

@@ -52,6 +52,7 @@ pub(super) fn serialise_at_once(search: &mut Search<'_>) {
         setup.reorder = 0;
         setup.merges = false;
         setup.memory_pressure = false;
+        setup.compressible = 0;
     });
 }
 
@@ -67,7 +68,8 @@ pub(super) fn serialise(search: &mut Search<'_>) {
     for less in [0, reorder / 2] {
         search.offer(|script| script.setup.reorder = less.min(script.setup.reorder));
     }
-    let off: [fn(&mut Setup); 6] = [
+    let off: [fn(&mut Setup); 7] = [
+        |setup| setup.compressible = 0,
         |setup| setup.merges = false,
         |setup| setup.memory_pressure = false,
         |setup| setup.fua = false,

@@ -15,6 +15,7 @@ fn long(seed: u64, ops: u64) -> Script {
         discard: true,
         write_zeroes: true,
         read_only: false,
+        compressible: 50,
         ..Setup::draw(&mut Seed::new(seed).rng())
     };
     let actions = Actions::new(Seed::new(seed), &setup, Workload::everything(ops)).expect("a right setup").collect();
@@ -92,8 +93,9 @@ fn a_few_actions_are_found_among_thousands() {
         assert_minimal(&shrunk.script, &mut |script| has(&script.actions, &needles));
         assert_eq!(shrunk.script.validate(), Ok(()));
         assert_eq!((shrunk.signature.clone(), shrunk.rate), (Some(lost()), Rate { failed: 100, of: 100 }));
-        let Setup { workers, io_depth, queues, queue_depth, merges, reorder, .. } = shrunk.script.setup;
+        let Setup { workers, io_depth, queues, queue_depth, merges, reorder, compressible, .. } = shrunk.script.setup;
         assert_eq!((workers, io_depth, queues, queue_depth, merges, reorder), (1, 1, 1, 1, false, 0));
+        assert_eq!(compressible, 0);
         assert!(shrunk.script.faults.rules.is_empty());
         assert_eq!(shrunk, shrink(script, &ShrinkOptions::default(), &mut fails), "twice the same");
         most = most.max(shrunk.runs);

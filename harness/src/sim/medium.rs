@@ -7,6 +7,7 @@
 //! A change that is made durable on its own stays in the log, marked: older changes of the same place come before it, so
 //! that whichever of them survive do not cover it.
 
+pub(crate) mod failing;
 mod image;
 mod log;
 #[cfg(test)]
@@ -21,9 +22,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use serde::{Deserialize, Serialize};
 use ublkit::{Backend, Geometry, WriteFlags, ZeroFlags};
 
+use self::failing::Failing;
 use self::image::Image;
 use self::log::{Change, Log};
 pub use self::log::{Cut, CutMode, Loss};
+use crate::plan::OpKind;
 use crate::seed::SeededRng;
 
 /// What a medium is made of.
@@ -59,6 +62,8 @@ pub struct Medium {
     images: Arc<Mutex<Images>>,
     /// Whether this handle still leads to the disk.
     connected: Arc<AtomicBool>,
+    /// Calls of this handle that fail.
+    failing: Option<Failing>,
 }
 
 #[derive(Clone)]
@@ -76,7 +81,12 @@ impl Medium {
         let bytes = options.bytes as usize;
         let durable = Image::new(if options.volatile_cache { bytes } else { 0 });
         let images = Images { current: Image::new(bytes), durable, log: Log::default() };
-        Self { options, images: Arc::new(Mutex::new(images)), connected: Arc::new(AtomicBool::new(true)) }
+        Self {
+            options,
+            images: Arc::new(Mutex::new(images)),
+            connected: Arc::new(AtomicBool::new(true)),
+            failing: None,
+        }
     }
 
     /// What it is made of.
@@ -91,8 +101,9 @@ impl Medium {
     /// Beyond the end.
     pub fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let range = self.range(offset, buf.len() as u64)?;
-        self.images().current.read(buf, range.start);
-        Ok(())
+        self.make(OpKind::Read, offset, buf.len() as u64, |len| {
+            self.images().current.read(&mut buf[..len as usize], range.start);
+        })
     }
 
     /// Writes; lost by a power cut, perhaps, until it is flushed.
@@ -133,9 +144,10 @@ impl Medium {
     /// When the handle is [cut off](Self::disconnect).
     pub fn flush(&self) -> io::Result<()> {
         self.range(0, 0)?;
-        let Images { durable, log, .. } = &mut *self.images();
-        log.apply(durable);
-        Ok(())
+        self.make(OpKind::Flush, 0, 0, |_| {
+            let Images { durable, log, .. } = &mut *self.images();
+            log.apply(durable);
+        })
     }
 
     /// Makes the changes in a range durable, and of changes that are partly in it that part.
@@ -143,9 +155,8 @@ impl Medium {
     /// # Errors
     /// Beyond the end.
     pub fn flush_range(&self, offset: u64, len: u64) -> io::Result<()> {
-        let range = self.range(offset, len)?;
-        self.images().log.pin(&(range.start as u64..range.end as u64));
-        Ok(())
+        self.range(offset, len)?;
+        self.make(OpKind::Flush, offset, len, |len| self.images().log.pin(&(offset..offset + len)))
     }
 
     /// Cuts the power. Which of the changes that are not durable survive is drawn: none, all, some of them, some units of
@@ -199,6 +210,7 @@ impl Medium {
             options: self.options,
             images: Arc::new(Mutex::new(images)),
             connected: Arc::new(AtomicBool::new(true)),
+            failing: None,
         }
     }
 
@@ -206,6 +218,11 @@ impl Medium {
     #[must_use]
     pub fn connect(&self) -> Self {
         Self { connected: Arc::new(AtomicBool::new(true)), ..self.clone() }
+    }
+
+    /// This handle, and its clones, with calls that fail. The disk itself, and other handles of it, are as they were.
+    pub(crate) fn failing(self, failing: Failing) -> Self {
+        Self { failing: Some(failing), ..self }
     }
 
     /// From now on all that is asked of this handle and its clones fails: whoever has them died.
@@ -221,24 +238,43 @@ impl Medium {
 
     fn write(&self, buf: &[u8], offset: u64, through: bool) -> io::Result<()> {
         let range = self.range(offset, buf.len() as u64)?;
-        let Images { current, durable, log } = &mut *self.images();
-        current.write(buf, range.start);
-        if self.options.volatile_cache {
-            log.make_room(durable);
-            log.push(offset, buf.len() as u64, Some(buf), through);
-        }
-        Ok(())
+        let kind = if through { OpKind::WriteFua } else { OpKind::Write };
+        self.make(kind, offset, buf.len() as u64, |len| {
+            let buf = &buf[..len as usize];
+            let Images { current, durable, log } = &mut *self.images();
+            current.write(buf, range.start);
+            if self.options.volatile_cache {
+                log.make_room(durable);
+                log.push(offset, len, Some(buf), through);
+            }
+        })
     }
 
     fn change_to_zero(&self, offset: u64, len: u64, through: bool) -> io::Result<()> {
         let range = self.range(offset, len)?;
-        let Images { current, durable, log } = &mut *self.images();
-        current.zero(range);
-        if self.options.volatile_cache {
-            log.make_room(durable);
-            log.push(offset, len, None, through);
+        self.make(OpKind::WriteZeroes, offset, len, |len| {
+            let Images { current, durable, log } = &mut *self.images();
+            current.zero(range.start..range.start + len as usize);
+            if self.options.volatile_cache {
+                log.make_room(durable);
+                log.push(offset, len, None, through);
+            }
+        })
+    }
+
+    /// Makes a call of so many bytes; or less of it, if it is to fail. `call` is told how much.
+    #[inline]
+    fn make(&self, kind: OpKind, offset: u64, len: u64, call: impl FnOnce(u64)) -> io::Result<()> {
+        let unit = u64::from(self.options.atomic_bytes.max(1));
+        let failed = self.failing.as_ref().and_then(|failing| failing.next(kind, offset, len, unit));
+        let Some(failed) = failed else {
+            call(len);
+            return Ok(());
+        };
+        if let Some(done) = failed.done {
+            call(done);
         }
-        Ok(())
+        Err(failed.error)
     }
 
     fn range(&self, offset: u64, len: u64) -> io::Result<Range<usize>> {

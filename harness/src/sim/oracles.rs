@@ -69,6 +69,25 @@ pub(crate) struct Judges {
     ended: u32,
     /// How many faults were made.
     injections: u64,
+    /// `None` where errors are made in the calls for operations, and nowhere else.
+    below: Option<Below>,
+}
+
+/// Errors in the storage below a backend.
+#[derive(Clone, Copy, Debug, Default)]
+struct Below {
+    count: u64,
+    /// When the last one was made.
+    last: Stamp,
+    /// When the last flush was begun that succeeded.
+    flushed: Stamp,
+}
+
+impl Below {
+    /// Whether an operation that began at `began` may fail because of one. A flush may be where an earlier one is told of.
+    fn excuses(&self, kind: OpKind, began: Stamp) -> bool {
+        self.count > 0 && (self.last >= began || kind == OpKind::Flush && self.last > self.flushed)
+    }
 }
 
 impl Judges {
@@ -85,7 +104,7 @@ impl Judges {
         let ledger = Ledger::new(LedgerOptions {
             region,
             block_sectors: setup.logical_block / SECTOR as u32,
-            pattern: Arc::new(Pattern::new(seed, 0)),
+            pattern: Arc::new(setup.pattern(seed, 0)),
             foreign,
             device_sectors: region.sectors,
             initially_zero,
@@ -102,7 +121,23 @@ impl Judges {
         if !judged {
             clock.switch_off();
         }
-        Self { oracles, ledger, clock, faults, errors, flushes, in_flight: Vec::new(), ended: 0, injections: 0 }
+        Self {
+            oracles,
+            ledger,
+            clock,
+            faults,
+            errors,
+            flushes,
+            in_flight: Vec::new(),
+            ended: 0,
+            injections: 0,
+            below: None,
+        }
+    }
+
+    /// Errors are made in the storage below the backend. Nobody has to see those, and who does is not known beforehand.
+    pub(crate) fn expect_errors_below(&mut self) {
+        self.below = Some(Below::default());
     }
 
     /// An operation of the application begins; fills the payload of a write.
@@ -150,9 +185,15 @@ impl Judges {
         if let (Some(flushes), Seen::Done) = (&mut self.flushes, seen) {
             flushes.acknowledged(ended.op, ended.kind, ended.range, began, now);
         }
+        if let (Some(below), OpKind::Flush, Seen::Done) = (&mut self.below, ended.kind, seen) {
+            below.flushed = below.flushed.max(began);
+        }
         let Some(errors) = &mut self.errors else { return };
         if ended.excused {
             errors.excuse(ended.op, None, "the driver itself");
+        } else if matches!(seen, Seen::Failed(_)) && self.below.is_some_and(|below| below.excuses(ended.kind, began))
+        {
+            errors.excuse(ended.op, None, "an error of its storage");
         }
         errors.observed(ended.op, ended.kind, ended.range, seen, began, now);
     }
@@ -195,7 +236,10 @@ impl Judges {
     /// A fault that was made, for the oracle of errors.
     fn observe_injection(&mut self, injection: &Injection) {
         self.injections += 1;
-        if let Some(errors) = &mut self.errors {
+        if let (Some(below), Some(_)) = (&mut self.below, injection.errno) {
+            below.count += 1;
+            below.last = self.clock.tick();
+        } else if let Some(errors) = &mut self.errors {
             errors.injected(injection, injection.began, injection.ended);
         }
     }
@@ -250,6 +294,9 @@ impl Judges {
     /// Adds what was judged to `evidence`.
     pub(crate) fn add_to(&self, evidence: &mut Evidence) {
         evidence.add("injections", self.injections);
+        if let Some(below) = &self.below {
+            evidence.add("storage_errors", below.count);
+        }
         evidence.add("loose_reads", self.ledger.loose_reads());
         if let Some(errors) = &self.errors {
             errors.counts().add_to(evidence);

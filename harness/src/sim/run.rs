@@ -177,7 +177,11 @@ impl<'a> Run<'a> {
         let weights = Weights { issue: weight(), dispatch: weight(), step: weight(), deliver: weight() };
         let (clock, faults) = (subject.calls().cloned(), subject.faults().cloned());
         let zero = subject.initially_zero();
-        let judges = Judges::new(&setup, seed, options.oracles, options.foreign.clone(), zero, clock, faults.clone());
+        let mut judges =
+            Judges::new(&setup, seed, options.oracles, options.foreign.clone(), zero, clock, faults.clone());
+        if subject.fails_below() {
+            judges.expect_errors_below();
+        }
         Self {
             setup,
             options: options.clone(),

@@ -65,6 +65,12 @@ pub trait Subject {
         None
     }
 
+    /// Whether the errors among its faults are made below the backend, in calls to its storage. Which of those is for which
+    /// operation is known to the backend alone: operations may fail while such an error is made, and need not.
+    fn fails_below(&self) -> bool {
+        false
+    }
+
     /// What reaches its storage, if that is watched.
     fn calls(&self) -> Option<&CallLog> {
         None

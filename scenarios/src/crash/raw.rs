@@ -192,6 +192,7 @@ fn setup(args: &TargetArgs) -> Setup {
         merges: true,
         reorder: 30,
         memory_pressure: false,
+        compressible: 0,
     }
 }
 

@@ -71,6 +71,7 @@ pub(super) fn setup(subject: &Subject, opened: &Opened, workers: u32, io_depth: 
         merges: true,
         reorder: 0,
         memory_pressure: false,
+        compressible: 0,
     }
 }
 

@@ -23,6 +23,7 @@ const SETUP: Setup = Setup {
     merges: true,
     reorder: 0,
     memory_pressure: false,
+    compressible: 0,
 };
 
 /// The arguments of `torture` for a mutant, without a seed and without a limit.

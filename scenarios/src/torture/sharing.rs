@@ -30,6 +30,7 @@ pub(crate) struct Layout {
     /// The first so many workers share the first region.
     sharing: u32,
     regions: Vec<SectorRange>,
+    compressible: u8,
 }
 
 impl Layout {
@@ -53,7 +54,12 @@ impl Layout {
         }
         // A device of fewer blocks than regions has fewer workers.
         let workers = workers - (wanted - regions.len() as u32);
-        Self { workers, sharing: sharers.min(workers), regions }
+        Self { workers, sharing: sharers.min(workers), regions, compressible: 0 }
+    }
+
+    /// So many percent of what is written can be compressed away.
+    pub(crate) fn compressible(self, percent: u8) -> Self {
+        Self { compressible: percent, ..self }
     }
 
     /// Whether operations overlap.
@@ -88,7 +94,7 @@ impl Layout {
 
     /// The book of each region. All are ledgers where there are `outages`, of which shadows know nothing.
     pub(crate) fn books(&self, opened: &Opened, seed: Seed, outages: bool) -> Books {
-        let pattern = Arc::new(Pattern::new(seed, opened.device_id));
+        let pattern = Arc::new(Pattern::with_compressibility(seed, opened.device_id, self.compressible));
         let foreign: Arc<[Pattern]> = Arc::new([Pattern::new(seed, NEIGHBOUR)]);
         let book = |(index, &region): (usize, &SectorRange)| {
             let shared = self.sharing > 0 && index == 0;

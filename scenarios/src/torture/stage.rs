@@ -367,7 +367,7 @@ impl Stage {
         Arc::new(Book::shared(Ledger::new(LedgerOptions {
             region,
             block_sectors: script.setup.logical_block / SECTOR as u32,
-            pattern: Arc::new(Pattern::new(script.seed, self.device)),
+            pattern: Arc::new(script.setup.pattern(script.seed, self.device)),
             foreign: Arc::new([Pattern::new(script.seed, NEIGHBOUR)]),
             device_sectors: opened.bytes / SECTOR as u64,
             initially_zero: opened.zeroed,
@@ -406,6 +406,7 @@ pub(crate) mod tests {
             merges: true,
             reorder: 0,
             memory_pressure: false,
+            compressible: 0,
         }
     }
 

@@ -17,7 +17,6 @@ type Tally = BTreeMap<&'static str, u64>;
 struct Change {
     number: u8,
     blocks: std::ops::Range<u64>,
-    contents: Vec<Content>,
     began: Stamp,
     through: bool,
 }
@@ -118,7 +117,7 @@ impl<'a> History<'a> {
         for block in blocks.clone() {
             self.models[block as usize].begin(number, contents[at(block)]);
         }
-        self.in_flight.push(Change { number, blocks, contents, began, through });
+        self.in_flight.push(Change { number, blocks, began, through });
     }
 
     fn end(&mut self) {
@@ -143,15 +142,13 @@ impl<'a> History<'a> {
             Outcome::Unknown => "unknown outcome",
         });
         let now = self.tick();
-        let Change { number, blocks, contents, began, through } = change;
-        let content_of = |block: u64| contents[(block - blocks.start) as usize];
-        self.durable.end_change(blocks.clone(), content_of, *began, now, outcome, *through);
+        let Change { number, blocks, began, through } = change;
+        self.durable.end_change(blocks.clone(), *began, now, outcome, *through);
         for block in blocks.clone() {
             self.models[block as usize].end(*number, outcome, *through);
         }
-        let oldest = self.in_flight.iter().map(|change| change.began).min();
         if self.rng.chance(1, 4) {
-            self.durable.horizon(oldest.unwrap_or(now));
+            self.durable.tidy_up();
         }
     }
 
@@ -230,10 +227,9 @@ impl<'a> History<'a> {
         self.cuts += 1;
         self.count(if self.cuts == 1 { "cut" } else { "cut again" });
         for change in after {
-            let Change { blocks, contents, began, through, .. } = change;
+            let Change { blocks, began, through, .. } = change;
             let at = self.tick();
-            let content_of = |block: u64| contents[(block - blocks.start) as usize];
-            self.durable.end_change(blocks.clone(), content_of, began, at, Outcome::Done, through);
+            self.durable.end_change(blocks.clone(), began, at, Outcome::Done, through);
             self.count("ended after the cut");
         }
     }

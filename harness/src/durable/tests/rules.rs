@@ -32,7 +32,7 @@ fn a_flush_covers_what_ended_before_its_submission_not_before_its_completion() {
     device.change(W(1), Done);
     let write = device.begin(W(2));
     let flush = device.tick();
-    device.end(W(2), write, Done, false);
+    device.end(write, Done, false);
     device.durable.flush_done(flush);
     assert_eq!(device.survivors(), [W(1), W(2)]);
     device.flush();
@@ -64,7 +64,7 @@ fn fua_is_durable_at_once_and_ends_what_came_before() {
     let mut device = Device::new(Zero, true);
     device.change(W(1), Done);
     let write = device.begin(W(2));
-    device.end(W(2), write, Done, true);
+    device.end(write, Done, true);
     assert_eq!(device.survivors(), [W(2)]);
     device.change(W(3), Done);
     assert_eq!(device.survivors(), [W(2), W(3)]);
@@ -75,8 +75,8 @@ fn fua_leaves_what_it_overlapped() {
     let mut device = Device::new(Zero, true);
     let plain = device.begin(W(1));
     let through = device.begin(W(2));
-    device.end(W(1), plain, Done, false);
-    device.end(W(2), through, Done, true);
+    device.end(plain, Done, false);
+    device.end(through, Done, true);
     assert_eq!(device.survivors(), [W(1), W(2)]);
 }
 
@@ -84,7 +84,7 @@ fn fua_leaves_what_it_overlapped() {
 fn fua_that_failed_is_not_durable() {
     let mut device = Device::new(Zero, true);
     let write = device.begin(W(1));
-    device.end(W(1), write, Failed, true);
+    device.end(write, Failed, true);
     assert_eq!(device.survivors(), [Zero, W(1)]);
 }
 
@@ -110,7 +110,7 @@ fn a_write_in_flight_may_survive() {
     assert_eq!(device.survivors(), [Zero, W(1)]);
     assert_eq!(device.cut(), [Zero, W(1)]);
     // It is acknowledged to nobody: what the cut left is all there is.
-    device.end(W(1), write, Done, false);
+    device.end(write, Done, false);
     assert_eq!(device.survivors(), [Zero, W(1)]);
 }
 
@@ -208,7 +208,7 @@ fn zeroes_over_zeroes_are_one_survivor() {
     let zeroing = device.begin(Zero);
     // One content, but the cut ends what is in flight, and that is worth telling.
     assert_eq!(device.cut(), [Zero]);
-    device.end(Zero, zeroing, Done, false);
+    device.end(zeroing, Done, false);
     assert_eq!((device.survivors(), device.durable.busy_blocks()), (vec![Zero], 0));
 }
 
@@ -228,7 +228,7 @@ fn blocks_are_independent() {
     let mut durable = Durable::new(3, Zero, true);
     let content_of = |block| W(10 + block as u32);
     durable.begin_change(0..3, content_of, 1);
-    durable.end_change(0..3, content_of, 1, 2, Done, false);
+    durable.end_change(0..3, 1, 2, Done, false);
     durable.flush_done(3);
     durable.begin_change(1..2, |_| W(20), 4);
     let survivors: Vec<_> = (0..3).map(|block| durable.survivors(block)).collect();

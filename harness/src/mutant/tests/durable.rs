@@ -313,6 +313,7 @@ fn setups_are_made_to_fit() {
             merges: false,
             reorder: 0,
             memory_pressure: false,
+            compressible: 0,
         };
         mutant.needs(&mut setup);
         assert_eq!(setup.read_only, mutant == Mutant::RoNotEnforced);

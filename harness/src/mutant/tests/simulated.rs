@@ -91,6 +91,7 @@ fn simulate(mutant: Mutant, seed: u64, ops: u32) -> (Ran, Plot) {
         merges: true,
         reorder: 30,
         memory_pressure: false,
+        compressible: 0,
     };
     mutant.needs(&mut setup);
     let planted = Planted::from(mutant);

@@ -41,6 +41,7 @@ impl Drawn {
             merges: rng.chance(1, 2),
             reorder: if rng.chance(1, 3) { 0 } else { rng.within(0..=100) as u8 },
             memory_pressure: rng.chance(1, 8),
+            compressible: [0, 50, 90][(seed % 3) as usize],
         };
         let mut kinds: Vec<_> = OpKind::ALL.into_iter().filter(|_| rng.chance(3, 4)).collect();
         kinds.retain(|kind| *kind != OpKind::Discard || setup.discard);

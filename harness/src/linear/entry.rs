@@ -1,4 +1,4 @@
-//! What is known of each block, four bytes each, in segments that exist once they are touched.
+//! What is known of a block, in 32 bits.
 //!
 //! ```text
 //! bit  31   30       29  28   27    24 23                     0
@@ -12,9 +12,6 @@
 use crate::classify::Content;
 use crate::sector::{GENERATION_MAX, Generation};
 
-/// Blocks in a segment: 32 KiB of entries.
-const SEGMENT: usize = 1 << 13;
-
 const BUSY: u32 = 1 << 31;
 const ZEROED: u32 = 1 << 30;
 const CONTENT: u32 = 28;
@@ -22,7 +19,7 @@ const BEHIND: u32 = 24;
 const BEHIND_MAX: u32 = 15;
 
 /// What is known of one block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Entry(u32);
 
 impl Entry {
@@ -80,56 +77,6 @@ impl Entry {
     }
 }
 
-/// The entries, by block.
-#[derive(Clone, Debug)]
-pub(super) struct Table {
-    blocks: u64,
-    /// Which segment there is, plus one; 0 where nothing was touched.
-    directory: Vec<u32>,
-    segments: Vec<Box<[u32]>>,
-}
-
-impl Table {
-    pub(super) fn new(blocks: u64) -> Self {
-        Self { blocks, directory: vec![0; blocks.div_ceil(SEGMENT as u64) as usize], segments: Vec::new() }
-    }
-
-    pub(super) const fn blocks(&self) -> u64 {
-        self.blocks
-    }
-
-    #[inline]
-    pub(super) fn get(&self, block: u64) -> Entry {
-        match self.directory[block as usize / SEGMENT] {
-            0 => Entry::UNTOUCHED,
-            segment => Entry(self.segments[segment as usize - 1][block as usize % SEGMENT]),
-        }
-    }
-
-    #[inline]
-    pub(super) fn set(&mut self, block: u64, entry: Entry) {
-        let mut segment = self.directory[block as usize / SEGMENT];
-        if segment == 0 {
-            segment = self.make(block as usize / SEGMENT);
-        }
-        self.segments[segment as usize - 1][block as usize % SEGMENT] = entry.0;
-    }
-
-    #[cold]
-    fn make(&mut self, number: usize) -> u32 {
-        let rest = self.blocks - (number * SEGMENT) as u64;
-        self.segments.push(vec![0; rest.min(SEGMENT as u64) as usize].into_boxed_slice());
-        self.directory[number] = self.segments.len() as u32;
-        self.directory[number]
-    }
-
-    pub(super) fn memory_bytes(&self) -> usize {
-        size_of_val(&self.directory[..])
-            + self.segments.capacity() * size_of::<Box<[u32]>>()
-            + self.segments.iter().map(|segment| size_of_val(&segment[..])).sum::<usize>()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,20 +99,5 @@ mod tests {
         assert_eq!(Entry::busy(77).slot(), Some(77));
         assert_eq!(Entry::UNTOUCHED.content(Content::Unknown), Content::Unknown);
         assert_eq!((Entry::UNTOUCHED.newest(), Entry::UNTOUCHED.slot()), (0, None));
-    }
-
-    #[test]
-    fn only_what_is_touched_takes_memory() {
-        let blocks = (16 << 40) / 512;
-        let mut table = Table::new(blocks);
-        let before = table.memory_bytes();
-        for block in [0, 1, blocks - 1, SEGMENT as u64, SEGMENT as u64 - 1] {
-            table.set(block, Entry::busy(block as usize & 0xff));
-        }
-        assert_eq!(table.get(blocks - 1), Entry::busy(0xff));
-        assert_eq!(table.get(2), Entry::UNTOUCHED);
-        assert_eq!(table.get(blocks / 2), Entry::UNTOUCHED);
-        assert!(table.memory_bytes() < before + (1 << 17));
-        assert_eq!(Table::new(3).memory_bytes(), 4);
     }
 }

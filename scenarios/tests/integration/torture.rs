@@ -16,6 +16,7 @@ cases!("torture":
     a_flush_that_does_nothing_is_found in 60 s,
     every_fault_is_accounted_for in 60 s,
     a_swallowed_error_is_found in 60 s,
+    a_control_that_admits_to_its_errors_passes in 60 s,
     another_server_takes_over in 60 s,
     swapped_tags_are_found in 60 s,
     a_dropped_completion_is_a_hang in 60 s,
@@ -78,6 +79,12 @@ fn every_fault_is_accounted_for() {
 
 fn a_swallowed_error_is_found() {
     finds("--seed 9 --duration 20s --faults draw --mutant error-swallowed:20");
+}
+
+/// One operation in three fails, those of the final passes too, and is admitted to.
+fn a_control_that_admits_to_its_errors_passes() {
+    let verdict = passes("--seed 24 --duration 3s --mutant partial-then-error:3");
+    assert!(count(&verdict, "mutant_hits") > 0, "{verdict}");
 }
 
 fn another_server_takes_over() {

@@ -169,6 +169,16 @@ impl Matrix {
         self.rows.iter().filter(|row| row.control && row.found.is_some())
     }
 
+    /// Mutants that were found, and by whom, where that is [nobody who is expected to](crate::mutant::Spec::oracles).
+    pub fn unexpected(&self) -> impl Iterator<Item = (&Row, Oracle)> {
+        let expected = |row: &Row, oracle| {
+            row.mutant.parse().is_ok_and(|mutant: Mutant| mutant.spec().oracles.contains(&oracle))
+        };
+        let kills = self.rows.iter().filter(|row| !row.control);
+        let kills = kills.filter_map(|row| Some((row, row.found.as_ref()?.signature.oracle)));
+        kills.filter(move |(row, oracle)| !expected(row, *oracle))
+    }
+
     /// Mutants and controls that never struck, so that nothing is known of them.
     pub fn idle(&self) -> impl Iterator<Item = &Row> {
         self.rows.iter().filter(|row| row.hits == 0)

@@ -231,10 +231,13 @@ impl Args {
         let survivors = named(matrix.survivors().collect());
         let flagged = named(matrix.flagged().collect());
         let idle = named(matrix.rows.iter().filter(|row| is_idle(row)).collect());
+        let unexpected: Vec<_> =
+            matrix.unexpected().map(|(row, oracle)| format!("{} by {oracle}", row.mutant)).collect();
         for (what, names) in [
             ("nobody finds", survivors),
             ("taken for bugs, and they are none:", flagged),
             ("never struck, so that nothing is known of", idle),
+            ("found by an oracle that is not expected to find it:", unexpected.join(", ")),
         ] {
             if !names.is_empty() {
                 wrong.push(format!("{what} {names}"));

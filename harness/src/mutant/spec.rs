@@ -40,7 +40,7 @@ pub struct Spec {
     pub stands_for: &'static str,
     /// Where it is planted.
     pub layer: Layer,
-    /// Who is expected to find it: one of these, and the kill matrix sees to that. Nobody, for a control.
+    /// Who is expected to find it: one of these, and the kill matrix sees to that with its own seed. Nobody, for a control.
     pub oracles: &'static [Oracle],
     /// Whether a real device can have it.
     pub device: OnDevice,

@@ -110,6 +110,7 @@ confusion: ## What the classifier calls corruptions of every class
 
 lint: ## Formatting, clippy, documentation, shell scripts
 	$(CARGO) fmt --all -- --check
+	$(CARGO) fmt --manifest-path harness/examples/user-crate/Cargo.toml -- --check
 	$(CARGO) clippy --workspace --all-targets --all-features --quiet -- -D warnings
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --all-features --no-deps --quiet
 	ci/unsafe

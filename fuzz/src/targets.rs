@@ -21,6 +21,12 @@ pub const TARGETS: [Target; 7] = [
     Target { name: "script", run: script::run, in_tests: 5_000 },
 ];
 
+/// Whether the input of `bundle` is one that is taken.
+#[cfg(test)]
+pub(crate) fn loads_bundle(bytes: &[u8]) -> bool {
+    bundle::load(bytes).is_some()
+}
+
 /// Whether a value that was read comes out of JSON as it went in.
 fn round_trips<T>(value: &T)
 where

@@ -1,5 +1,6 @@
 use super::*;
 use ublkit_harness::Seed;
+use ublkit_harness::fault::{Errno, FaultPlan};
 
 #[test]
 fn every_target_takes_its_corpus_and_what_is_made_of_it() {
@@ -58,4 +59,13 @@ fn the_corpus_is_taken_not_refused() {
         options.is_ok_and(|options| ublkit_harness::Plan::new(options, Seed::new(1)).is_ok())
     });
     assert!(plans >= 3, "{plans} plans");
+    let (bundles, all) = taken("bundle", crate::targets::loads_bundle);
+    assert!(bundles == all && all > 0, "{bundles} of {all} bundles");
+    let texts = |is: fn(&str) -> bool| {
+        let corpus = Target::named("parsers").expect("a target").corpus().expect("a corpus");
+        corpus.iter().filter(|input| std::str::from_utf8(input).is_ok_and(is)).count()
+    };
+    let faults = texts(|text| text.parse::<FaultPlan>().is_ok_and(|plan| !plan.is_empty()));
+    let errnos = texts(|text| text.parse::<Errno>().is_ok());
+    assert!(faults >= 2 && errnos >= 2, "{faults} plans of faults, {errnos} errnos");
 }

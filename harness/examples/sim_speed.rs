@@ -11,6 +11,7 @@ use std::time::Instant;
 use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::script::{Act, Action, Recovery, Setup};
 use ublkit_harness::sim::{MediumSubject, Ran, RunOptions, run};
+use ublkit_harness::threads::CoreClock;
 use ublkit_harness::{OpKind, Pattern, SectorRange, Seed, SeededRng};
 
 const THREADS: u64 = 2;
@@ -89,13 +90,6 @@ fn simulate(seed: u64, ops: u64, record: bool) -> Ran {
     run(&setup, seed, &mut subject, &mut actions, &options)
 }
 
-/// What this thread took of its core so far, in seconds; others on the machine do not count.
-fn core_seconds() -> Option<f64> {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
-    let nanoseconds: u64 = text.split(' ').next()?.parse().ok()?;
-    Some(nanoseconds as f64 / 1e9)
-}
-
 /// Whether two runs of a seed are the same, event for event.
 fn is_the_same_again() -> bool {
     let (told, again) = (simulate(3, TOLD_OPS, true), simulate(3, TOLD_OPS, true));
@@ -120,10 +114,9 @@ fn main() -> ExitCode {
     let clock = Instant::now();
     let runs: Vec<_> = std::thread::scope(|scope| {
         let measured = |seed| {
-            let (core, clock) = (core_seconds(), Instant::now());
+            let clock = CoreClock::start();
             let ran = simulate(seed, OPS, false);
-            let elapsed = clock.elapsed().as_secs_f64();
-            (core.zip(core_seconds()).map_or(elapsed, |(begin, end)| end - begin), ran)
+            (clock.elapsed().as_secs_f64(), ran)
         };
         let threads: Vec<_> = (1..=THREADS).map(|seed| scope.spawn(move || measured(seed))).collect();
         threads.into_iter().filter_map(|thread| thread.join().ok()).collect()

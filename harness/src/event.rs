@@ -172,8 +172,8 @@ impl fmt::Display for DeviceRow {
         write!(f, "{number:>3} {mutant:<22} ")?;
         let Some(verdict) = verdict else { return write!(f, "not on a device: {what}") };
         match (self.found(), control, verdict) {
-            (true, false, _) => write!(f, "found: {what}, after {ops} operations"),
-            (true, true, _) => write!(f, "FLAGGED: {what}, after {ops} operations"),
+            (true, false, _) => write!(f, "found: {what}, after {ops} operations, {hits} hits"),
+            (true, true, _) => write!(f, "FLAGGED: {what}, after {ops} operations, odd {hits} times"),
             (false, true, Verdict::Pass) => write!(f, "passes: {ops} operations, odd {hits} times"),
             (false, false, Verdict::Pass) => write!(f, "SURVIVES {ops} operations, {hits} hits"),
             (false, ..) => write!(f, "{verdict}: {what}, {ops} operations"),

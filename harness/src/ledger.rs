@@ -366,6 +366,9 @@ impl Ledger {
             + self.recent.memory_bytes()
             + self.flights.capacity() * size_of::<Flight>()
             + self.flights.iter().map(|flight| flight.generations.capacity() * size_of::<Generation>()).sum::<usize>()
+            + self.free.capacity() * size_of::<usize>()
+            + self.order.capacity() * size_of::<(Stamp, usize)>()
+            + self.seen_since_cut.as_ref().map_or(0, Sparse::memory_bytes)
             + self.after_cut.capacity() * size_of::<u64>()
     }
 

@@ -19,6 +19,7 @@ use crate::script::Workload;
 use crate::seed::Seed;
 use crate::shrink::Signature;
 use crate::sim::RunOptions;
+use crate::threads::CoreClock;
 use crate::trial::Trial;
 
 /// What is run, and how much of it.
@@ -108,6 +109,10 @@ pub struct Matrix {
     pub mutants_ms: u64,
     /// How long the controls took, in milliseconds.
     pub controls_ms: u64,
+    /// What each thread took of its core for the mutants, in milliseconds; others on the machine do not count.
+    pub mutants_core_ms: Vec<u64>,
+    /// The same for the controls.
+    pub controls_core_ms: Vec<u64>,
 }
 
 /// What an oracle found.
@@ -137,10 +142,11 @@ impl Matrix {
         let (controls, mutants): (Vec<Mutant>, Vec<Mutant>) =
             options.mutants.iter().copied().partition(|mutant| mutant.is_control());
         let begun = Instant::now();
-        let mut rows = each(&mutants, &running, tell, &kill);
+        let (mut rows, mutants_core_ms) = each(&mutants, &running, tell, &kill);
         let mutants_ms = millis(begun.elapsed());
         let begun = Instant::now();
-        rows.extend(each(&controls, &running, tell, &tolerate));
+        let (tolerated, controls_core_ms) = each(&controls, &running, tell, &tolerate);
+        rows.extend(tolerated);
         let controls_ms = millis(begun.elapsed());
         let mut oracles: BTreeMap<Oracle, Kills> = Oracle::ALL.map(|oracle| (oracle, Kills::default())).into();
         for row in &rows {
@@ -150,7 +156,7 @@ impl Matrix {
                 kills.only += u64::from(row.only_killer);
             }
         }
-        Self { rows, oracles, mutants_ms, controls_ms }
+        Self { rows, oracles, mutants_ms, controls_ms, mutants_core_ms, controls_core_ms }
     }
 
     /// Mutants that nobody found.
@@ -161,6 +167,16 @@ impl Matrix {
     /// Controls that were called bugs.
     pub fn flagged(&self) -> impl Iterator<Item = &Row> {
         self.rows.iter().filter(|row| row.control && row.found.is_some())
+    }
+
+    /// Mutants that were found, and by whom, where that is [nobody who is expected to](crate::mutant::Spec::oracles).
+    pub fn unexpected(&self) -> impl Iterator<Item = (&Row, Oracle)> {
+        let expected = |row: &Row, oracle| {
+            row.mutant.parse().is_ok_and(|mutant: Mutant| mutant.spec().oracles.contains(&oracle))
+        };
+        let kills = self.rows.iter().filter(|row| !row.control);
+        let kills = kills.filter_map(|row| Some((row, row.found.as_ref()?.signature.oracle)));
+        kills.filter(move |(row, oracle)| !expected(row, *oracle))
     }
 
     /// Mutants and controls that never struck, so that nothing is known of them.
@@ -175,18 +191,21 @@ struct Running<'a> {
     keep_going: &'a (dyn Fn() -> bool + Sync),
 }
 
-/// Runs `one` for each mutant, on so many threads; the rows come back in order.
+/// Runs `one` for each mutant, on so many threads; the rows come back in order, and what each thread took of its core, in
+/// milliseconds.
 fn each(
     mutants: &[Mutant],
     running: &Running<'_>,
     tell: &(dyn Fn(&Row) + Sync),
     one: &(dyn Fn(Mutant, &Running<'_>) -> Row + Sync),
-) -> Vec<Row> {
+) -> (Vec<Row>, Vec<u64>) {
     let next = AtomicUsize::new(0);
     let rows = Mutex::new(Vec::with_capacity(mutants.len()));
+    let cores = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
         for _ in 0..running.options.threads.max(1) {
             scope.spawn(|| {
+                let clock = CoreClock::start();
                 while let Some(&mutant) = mutants.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let row = one(mutant, running);
                     if !(running.keep_going)() {
@@ -195,12 +214,14 @@ fn each(
                     tell(&row);
                     rows.lock().unwrap_or_else(PoisonError::into_inner).push((mutant as usize, row));
                 }
+                cores.lock().unwrap_or_else(PoisonError::into_inner).push(millis(clock.elapsed()));
             });
         }
     });
     let mut rows = rows.into_inner().unwrap_or_else(PoisonError::into_inner);
     rows.sort_by_key(|(at, _)| *at);
-    rows.into_iter().map(|(_, row)| row).collect()
+    let cores = cores.into_inner().unwrap_or_else(PoisonError::into_inner);
+    (rows.into_iter().map(|(_, row)| row).collect(), cores)
 }
 
 fn empty_row(mutant: Mutant) -> Row {
@@ -313,9 +334,15 @@ impl fmt::Display for Matrix {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (controls, mutants): (Vec<&Row>, Vec<&Row>) = self.rows.iter().partition(|row| row.control);
         let killed = mutants.iter().filter(|row| row.found.is_some()).count();
-        writeln!(f, "{killed} of {} mutants found in {:.1} s", mutants.len(), self.mutants_ms as f64 / 1000.0)?;
+        let times = |elapsed: u64, cores: &[u64]| {
+            let most = cores.iter().copied().max().unwrap_or_default();
+            format!("{:.1} s, {:.1} s of the busiest core", elapsed as f64 / 1000.0, most as f64 / 1000.0)
+        };
+        let took = times(self.mutants_ms, &self.mutants_core_ms);
+        writeln!(f, "{killed} of {} mutants found in {took}", mutants.len())?;
         let flagged = controls.iter().filter(|row| row.found.is_some()).count();
-        writeln!(f, "{flagged} of {} controls flagged in {:.1} s", controls.len(), self.controls_ms as f64 / 1000.0)?;
+        let took = times(self.controls_ms, &self.controls_core_ms);
+        writeln!(f, "{flagged} of {} controls flagged in {took}", controls.len())?;
         let mut most: Vec<_> = self.oracles.iter().collect();
         most.sort_by_key(|(_, kills)| std::cmp::Reverse(kills.first));
         for (at, (oracle, kills)) in most.into_iter().enumerate() {

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs;
 use std::path::Path;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,36 @@ pub struct ThreadDump {
     /// The functions of the program itself, innermost first; empty where nobody could look.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub user: Vec<String>,
+}
+
+/// A clock that runs while the thread that started it has a core: others on the machine do not count.
+#[derive(Clone, Copy, Debug)]
+pub struct CoreClock {
+    /// What the thread had taken then, if the kernel counts that.
+    began: Option<Duration>,
+    started: Instant,
+}
+
+impl CoreClock {
+    /// Starts it.
+    #[must_use]
+    pub fn start() -> Self {
+        Self { began: core_time(), started: Instant::now() }
+    }
+
+    /// What this thread, which has to be the one that started it, took of its core since. All the time that passed, on a
+    /// kernel that does not count this.
+    #[must_use]
+    pub fn elapsed(&self) -> Duration {
+        let core = self.began.zip(core_time()).map(|(began, now)| now.saturating_sub(began));
+        core.unwrap_or_else(|| self.started.elapsed())
+    }
+}
+
+/// What this thread took of its core so far.
+fn core_time() -> Option<Duration> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    text.split(' ').next()?.parse().ok().map(Duration::from_nanos)
 }
 
 /// What `stat` says of a process or of a thread.
@@ -240,5 +270,20 @@ mod tests {
         drop(stop);
         assert!(dump.iter().any(|thread| thread.comm == "sleeper" && !thread.state.is_empty()), "{dump:?}");
         assert!(sleeper.is_ok_and(|sleeper| sleeper.join().is_ok()));
+    }
+
+    #[test]
+    fn a_core_clock_runs_while_its_thread_does() {
+        let clock = CoreClock::start();
+        if clock.began.is_none() {
+            return;
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(clock.elapsed() < Duration::from_millis(200), "{:?} of sleep", clock.elapsed());
+        let asleep = clock.elapsed();
+        let until = Instant::now() + Duration::from_secs(60);
+        while clock.elapsed() < asleep + Duration::from_millis(20) {
+            assert!(Instant::now() < until, "it does not run");
+        }
     }
 }

@@ -15,8 +15,9 @@ use ublkit_harness::Watchdog;
 use ublkit_harness::kernel_log::{Record, complaints};
 use ublkit_harness::threads::dump_uninterruptible;
 
+use crate::context::SharedEvidence;
 use crate::kernel_log::KernelLog;
-use crate::server::{ask, pids, running_now};
+use crate::server::{Told, ask, pids, running_now};
 
 /// How long a server may take to answer.
 const ANSWER: Duration = Duration::from_secs(3);
@@ -28,17 +29,15 @@ const TAIL: usize = 40;
 const REQUESTS_MAX: usize = 16;
 
 /// Has `watchdog` ask for all of it. `log` is the kernel's, from the beginning of the run; with `report`, a file in that
-/// directory has all of it.
-pub(crate) fn ask_for_all(watchdog: &Watchdog, log: Option<KernelLog>, report: Option<PathBuf>) {
-    watchdog.ask("in flight", || {
-        pids()
-            .into_iter()
-            .flat_map(|pid| {
-                let told = ask(pid, ANSWER).unwrap_or_else(|error| vec![format!("no answer: {error}")]);
-                told.into_iter().map(move |line| format!("server {pid}: {line}"))
-            })
-            .collect()
-    });
+/// directory has all of it. How often a planted bug struck is added to the `evidence`: its server, that would say so when
+/// its device is closed, may be past saying anything then.
+pub(crate) fn ask_for_all(
+    watchdog: &Watchdog,
+    log: Option<KernelLog>,
+    report: Option<PathBuf>,
+    evidence: SharedEvidence,
+) {
+    watchdog.ask("in flight", move || pids().into_iter().flat_map(|pid| in_flight(pid, &evidence)).collect());
     watchdog.ask("driver", || ids().into_iter().map(describe).collect());
     watchdog.ask("block layer", || ids().into_iter().flat_map(|id| block_layer(Path::new("/sys"), id)).collect());
     watchdog.ask("holders", || {
@@ -65,6 +64,24 @@ pub(crate) fn ask_for_all(watchdog: &Watchdog, log: Option<KernelLog>, report: O
         }
         said(&records)
     });
+}
+
+/// What server `pid` has in flight.
+fn in_flight(pid: u32, evidence: &SharedEvidence) -> Vec<String> {
+    let mut lines = match ask(pid, ANSWER) {
+        Ok(Told { mut in_flight, struck }) => {
+            if let Some(count) = struck {
+                evidence.add("mutant_hits", count);
+                in_flight.push(format!("the planted bug struck {count} times"));
+            }
+            in_flight
+        }
+        Err(error) => vec![format!("no answer: {error}")],
+    };
+    for line in &mut lines {
+        line.insert_str(0, &format!("server {pid}: "));
+    }
+    lines
 }
 
 /// Keeps `records` in the report directory.

@@ -7,6 +7,8 @@
 
 mod on_device;
 pub(crate) mod scenarios;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,6 +31,11 @@ use crate::scenario::{Failure, Needs, Scenario};
 const SEED: u64 = 1;
 /// How long the matrix may take. It does a given number of operations, most of it in seconds.
 const DEADLINE: Duration = Duration::from_secs(4 * 3600);
+/// What the whole of it may take on two cores: the mutants, and the controls.
+const MUTANTS_WITHIN: Duration = Duration::from_secs(60);
+const CONTROLS_WITHIN: Duration = Duration::from_secs(120);
+/// What a kill by an oracle that is not in a mutant's list is called.
+const UNEXPECTED: &str = "found by an oracle that is not expected to find it:";
 /// The file in the report directory.
 const FILE: &str = "mutants.json";
 
@@ -197,7 +204,11 @@ impl Args {
         if context.interruption().came() {
             return Err(Failure::Interrupted);
         }
-        self.judge(&matrix)
+        let unexpected = unexpected(&matrix);
+        if !self.is_gate() && !unexpected.is_empty() {
+            context.note(format!("{UNEXPECTED} {unexpected}"));
+        }
+        self.judge(&matrix, !cfg!(debug_assertions))
     }
 
     fn count(&self, matrix: &Matrix, context: &Context) {
@@ -219,16 +230,20 @@ impl Args {
         }
     }
 
-    fn judge(&self, matrix: &Matrix) -> Result<(), Failure> {
+    /// Whether all is as it should be; of an `optimised` build, in time too.
+    fn judge(&self, matrix: &Matrix, optimised: bool) -> Result<(), Failure> {
         let mut wrong = Vec::new();
         let named = |rows: Vec<&Row>| rows.iter().map(|row| row.mutant.as_str()).collect::<Vec<_>>().join(", ");
         let survivors = named(matrix.survivors().collect());
         let flagged = named(matrix.flagged().collect());
         let idle = named(matrix.rows.iter().filter(|row| is_idle(row)).collect());
+        // With another seed another one may be the first to see what is wrong; that is told, and no failure.
+        let unexpected = if self.is_gate() { unexpected(matrix) } else { String::new() };
         for (what, names) in [
             ("nobody finds", survivors),
             ("taken for bugs, and they are none:", flagged),
             ("never struck, so that nothing is known of", idle),
+            (UNEXPECTED, unexpected),
         ] {
             if !names.is_empty() {
                 wrong.push(format!("{what} {names}"));
@@ -238,9 +253,53 @@ impl Args {
             let needless = matrix.oracles.iter().filter(|(oracle, kills)| {
                 kills.only == 0 && !REDUNDANT.iter().any(|(redundant, _)| redundant == *oracle)
             });
-            wrong.extend(needless.map(|(oracle, _)| format!("{oracle} is the only one to find no mutant")));
+            wrong.extend(needless.map(|(oracle, _)| format!("there is no mutant that {oracle} alone finds")));
+        }
+        if optimised && self.is_standard() {
+            for (what, cores, within) in [
+                ("mutants", &matrix.mutants_core_ms, MUTANTS_WITHIN),
+                ("controls", &matrix.controls_core_ms, CONTROLS_WITHIN),
+            ] {
+                let limit = within.as_millis() as u64;
+                wrong.extend(on_two_cores(cores).filter(|taken| *taken > limit).map(|taken| {
+                    format!(
+                        "the {what} take {:.1} s on two cores, more than {}",
+                        taken as f64 / 1000.0,
+                        within.as_secs()
+                    )
+                }));
+            }
         }
         broke(wrong)
+    }
+
+    /// Every oracle judges, with the seed of the gate.
+    fn is_gate(&self) -> bool {
+        self.without.is_empty() && self.seed() == Some(Seed::new(SEED))
+    }
+
+    /// All of it is run, and no more than that.
+    fn is_standard(&self) -> bool {
+        let standard = MatrixOptions::default();
+        self.is_whole()
+            && self.common.ops.is_none_or(|ops| ops <= standard.ops)
+            && self.control_seeds <= standard.control_seeds
+    }
+}
+
+/// Mutants that were found by an oracle that is not expected to find them, and by which.
+fn unexpected(matrix: &Matrix) -> String {
+    matrix.unexpected().map(|(row, oracle)| format!("{} by {oracle}", row.mutant)).collect::<Vec<_>>().join(", ")
+}
+
+/// How long it takes on two cores, in milliseconds, from what each thread took of its own: the same on a busy machine, where
+/// the time that passes says nothing. What one thread did, two would share. More than two are not judged: they may have
+/// shared cores, and slowed each other.
+fn on_two_cores(cores: &[u64]) -> Option<u64> {
+    match *cores {
+        [one] => Some(one.div_ceil(2)),
+        [one, other] => Some(one.max(other)),
+        _ => None,
     }
 }
 

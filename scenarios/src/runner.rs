@@ -157,7 +157,7 @@ fn watched(scenario: &dyn Scenario, duration: Option<Duration>, ending: &Ending)
     // Those that meet a device which a kernel serves are judged by what that kernel says, too.
     let kernel = scenario.meets_kernel_device().then(Complaints::begin);
     let log = kernel.is_some().then(KernelLog::from_here).and_then(Result::ok);
-    dump::ask_for_all(&watchdog, log, scenario.common().report.clone());
+    dump::ask_for_all(&watchdog, log, scenario.common().report.clone(), ending.evidence.clone());
     let in_flight = InFlight::default();
     let workers = in_flight.clone();
     // Nothing is said where nobody ever was one.

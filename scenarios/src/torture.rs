@@ -480,6 +480,7 @@ impl Args {
         let in_flight = u64::from(plan.options().workers) * u64::from(self.io_depth);
         evidence.require("overlaps", u64::from(layout.overlaps() && changes && in_flight > 1));
         evidence.require("power_cuts", u64::from(self.cut_every.is_some()));
+        evidence.require("mutant_hits", u64::from(self.target.mutant.is_some()));
         evidence.require("restarts", u64::from(self.restart_every.is_some()));
         evidence.require("refusals", if self.target.read_only { refusals::ATTEMPTS } else { 0 });
         if opened.ours {

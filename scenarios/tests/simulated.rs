@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
+use ublkit_harness::{Mutant, Oracle};
 
 fn run(line: &str) -> Output {
     run_words(&line.split_ascii_whitespace().collect::<Vec<_>>())
@@ -101,6 +102,40 @@ fn a_mutant_that_nobody_finds_is_a_failure_that_names_it() {
     let events = events(&output);
     let findings = of_kind(&events, "finding");
     assert_eq!(findings.first().expect("a finding")["what"], "nobody finds lost-write");
+}
+
+/// A mutant that this oracle is the only one to find, within a few thousand operations.
+fn found_by_it_alone(oracle: Oracle) -> Mutant {
+    match oracle {
+        Oracle::Tag => Mutant::BitflipRead,
+        Oracle::Linear => Mutant::LaggingMirror,
+        Oracle::Durable => Mutant::TornBelowAtomic,
+        Oracle::Zero => Mutant::UnwrittenExtent,
+        Oracle::Errors => Mutant::ErrorSticky,
+        Oracle::Flush => Mutant::FlushSubmitted,
+        Oracle::Watchdog => Mutant::CqeDropped,
+        Oracle::CrossDevice => Mutant::CrossDeviceBleed,
+        Oracle::Resources => Mutant::RoNotEnforced,
+    }
+}
+
+#[test]
+fn each_oracle_finds_a_mutant_that_nobody_finds_without_it() {
+    for oracle in Oracle::ALL {
+        let mutant = found_by_it_alone(oracle);
+        let line = format!("mutants --only {mutant} --ops 4000 --json");
+        let output = run(&line);
+        assert_eq!(code(&output), 0, "{oracle}: {}", text(&output.stdout));
+        let told = events(&output);
+        let rows = of_kind(&told, "matrix_row");
+        let by = (&rows[0]["found"]["signature"]["oracle"], &rows[0]["only_killer"]);
+        assert_eq!(by, (&oracle.name().into(), &true.into()), "{mutant}");
+        let output = run(&format!("{line} --without {oracle}"));
+        assert_eq!(code(&output), 2, "{oracle}: {}", text(&output.stdout));
+        let told = events(&output);
+        let finding = of_kind(&told, "finding").first().copied().expect("a finding").to_string();
+        assert!(finding.contains(&format!("nobody finds {mutant}")), "{oracle}: {finding}");
+    }
 }
 
 #[test]

@@ -1,9 +1,10 @@
-//! What people type: mixes, seeds, mutants, oracles, sizes and durations; and what the kernel logs.
+//! What people type: mixes, seeds, mutants, oracles, fault plans, errnos, sizes and durations; and what the kernel logs.
 
 use std::fmt::{Debug, Display};
 use std::str::FromStr;
 
 use ublk_torture::units::{format_bytes, parse_bytes, parse_bytes_u32, parse_duration};
+use ublkit_harness::fault::{Errno, FaultPlan};
 use ublkit_harness::kernel_log::{Alarm, Complaint, Record, complaints};
 use ublkit_harness::mismatch::SectorDump;
 use ublkit_harness::mutant::Planted;
@@ -16,6 +17,8 @@ pub(super) fn run(bytes: &[u8]) {
     text_round_trips::<Planted>(text);
     text_round_trips::<Mutant>(text);
     text_round_trips::<Oracle>(text);
+    text_round_trips::<FaultPlan>(text);
+    text_round_trips::<Errno>(text);
     if let Ok(bytes) = parse_bytes(text) {
         assert!(!format_bytes(bytes).is_empty());
         assert_eq!(parse_bytes_u32(text).ok(), u32::try_from(bytes).ok());

@@ -403,3 +403,35 @@ fn a_crashed_copy_allows_what_a_cut_now_could_leave() {
     let read = ledger.begin(OpId { worker: 1, index: 0 }, OpKind::Read, place(2), &mut []);
     ledger.end_read(read, &zeroes).expect_err("the write was acknowledged");
 }
+
+/// By how many bytes the ledger of a region grows once every block of it was written and flushed.
+fn grows_by(mib: u64, block_sectors: u32) -> usize {
+    let region = SectorRange::device(mib << 20);
+    let mut ledger =
+        Ledger::new(LedgerOptions { region, device_sectors: region.sectors, ..options(block_sectors, true) });
+    let fresh = ledger.memory_bytes();
+    assert!(fresh < 1 << 20, "{fresh} bytes before anything was touched");
+    let mut buf = vec![0; 256 * SECTOR];
+    for first in (0..region.sectors).step_by(256) {
+        let write = SectorRange::new(first, 256);
+        let flush = SectorRange::default();
+        for (kind, range, payload) in [(OpKind::Write, write, &mut buf[..]), (OpKind::Flush, flush, &mut [])] {
+            let ticket = ledger.begin(OpId::default(), kind, range, payload);
+            ledger.end(ticket, Outcome::Done);
+        }
+    }
+    ledger.memory_bytes() - fresh
+}
+
+/// Of each block that was touched, two oracles and the newest generation keep four bytes each. What is not flushed yet comes
+/// on top, and goes: that does not depend on how large the region is.
+#[test]
+fn takes_twelve_bytes_for_each_block() {
+    for block_sectors in [1, 8] {
+        let (one, two) = (grows_by(32, block_sectors), grows_by(64, block_sectors));
+        let blocks = SectorRange::device(32 << 20).sectors / u64::from(block_sectors);
+        let each = (two - one) as f64 / blocks as f64;
+        assert!((12.0..12.1).contains(&each), "{each} bytes for each block of {block_sectors} sectors");
+        assert!(one < blocks as usize * 12 + (256 << 10), "{one} bytes for {blocks} blocks");
+    }
+}

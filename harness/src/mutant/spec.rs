@@ -40,7 +40,7 @@ pub struct Spec {
     pub stands_for: &'static str,
     /// Where it is planted.
     pub layer: Layer,
-    /// Who is expected to find it: one of these. Nobody, for a control.
+    /// Who is expected to find it: one of these, and the kill matrix sees to that with its own seed. Nobody, for a control.
     pub oracles: &'static [Oracle],
     /// Whether a real device can have it.
     pub device: OnDevice,
@@ -84,7 +84,7 @@ macro_rules! mutants {
 mutants! {
 LostWrite "1" "lost-write" Backend 500 [Linear Zero] YES
     "a write is acknowledged and never stored, as by a drive that drops its cache (dm-flakey drop_writes; FAST'08)";
-LostOverwrite "2" "lost-overwrite" Backend 20 [Linear] YES
+LostOverwrite "2" "lost-overwrite" Backend 20 [Linear Zero] YES
     "the second write to a place since the last flush is dropped (FAST'13)";
 MisdirectedWrite "3" "misdirected-write" Backend 500 [Tag Linear] YES
     "a write lands on the wrong blocks, as by a firmware that miscounts: two victims (TigerBeetle's storage.zig)";
@@ -166,7 +166,7 @@ UserCopyOffset "40" "user-copy-offset" Server 50 [Tag Linear Zero] COPIES
     "the queue's bits in the place of a request's data are wrong, and another queue's buffer is used";
 SglContiguity "41" "sgl-contiguity" Server 4 [Tag Linear Zero] COPIES
     "the data of a large request are taken to be contiguous (ublksrv e062def)";
-ZcEarlyUnregister "42" "zc-early-unregister" Server 100 [Zero Tag Linear] COPIES
+ZcEarlyUnregister "42" "zc-early-unregister" Server 100 [Zero Tag Linear Durable] COPIES
     "a zero-copy buffer is unregistered before the I/O on it ends (Linux 6ee6bd5d)";
 AutobufFallback "43" "autobuf-fallback" Server 100 [Zero Tag Linear] COPIES
     "a buffer was not registered, nobody looked, and zeroes are moved";
@@ -192,7 +192,7 @@ RoNotEnforced "57" "ro-not-enforced" Lifecycle 1 [Resources Errors Tag Linear Ze
     "a device that is to be read-only takes writes";
 ShiftedWrite "+" "shifted-write" Backend 200 [Tag] YES
     "data are stored some bytes off, as by DMA to an address that is not aligned";
-LateRetry "+" "late-retry" Backend 40 [Linear Zero] YES
+LateRetry "+" "late-retry" Backend 40 [Linear Zero Durable] YES
     "a write that timed out was done after all, and its retry comes after a newer one";
 DiscardRoundsOut "+" "discard-rounds-out" Backend 4 [Zero] YES
     "a discard is widened to whole units and takes parts of its neighbours with it";

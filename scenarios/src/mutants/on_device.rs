@@ -1,4 +1,7 @@
 //! Each mutant in a server of a real device: this program is started once for each, as `torture`.
+//!
+//! That something was wrong is not enough: the bug has to have struck before it was found, and to be found in time. A control
+//! has to have been odd, or its pass says nothing. A lie in what a device declares counts as a strike.
 
 use std::time::Duration;
 
@@ -15,6 +18,8 @@ use crate::torture::mutants::arguments;
 const DURATION: Duration = Duration::from_secs(60);
 /// How long a run may take to start, to wind down, to notice a hang and to say so.
 const AROUND: Duration = Duration::from_secs(300);
+/// How long after the first operation a bug has to be found at the latest.
+const FOUND_WITHIN: Duration = Duration::from_secs(60);
 
 pub(super) fn run(mutants: &[Mutant], launch: &mut dyn Launch, context: &mut Context) -> Result<(), Failure> {
     context.evidence().require("tried", mutants.iter().filter(|mutant| can_be(**mutant).is_ok()).count() as u64);
@@ -71,7 +76,7 @@ fn count(rows: &[DeviceRow], context: &Context) {
     for (name, count) in [
         ("tried", of(|row| row.verdict.is_some())),
         ("not_on_a_device", of(|row| row.verdict.is_none())),
-        ("found", of(|row| row.found() && !row.control)),
+        ("found", of(is_kill)),
         ("flagged", of(|row| row.found() && row.control)),
     ] {
         context.evidence().add(name, count);
@@ -82,7 +87,7 @@ fn summary(rows: &[DeviceRow]) -> String {
     let tried = |control: bool| rows.iter().filter(move |row| row.control == control && row.verdict.is_some());
     format!(
         "{} of {} mutants found, {} of {} controls flagged, {} cannot be on a device",
-        tried(false).filter(|row| row.found()).count(),
+        tried(false).filter(|row| is_kill(row)).count(),
         tried(false).count(),
         tried(true).filter(|row| row.found()).count(),
         tried(true).count(),
@@ -90,14 +95,33 @@ fn summary(rows: &[DeviceRow]) -> String {
     )
 }
 
+/// A bug was found, and that it is the one that was planted stands to reason.
+fn is_kill(row: &DeviceRow) -> bool {
+    !row.control && row.found() && row.hits > 0 && !is_late(row)
+}
+
+fn is_late(row: &DeviceRow) -> bool {
+    row.elapsed_ms > FOUND_WITHIN.as_millis() as u64
+}
+
 fn judge(rows: &[DeviceRow]) -> Result<(), Failure> {
     let named = |is: fn(&DeviceRow) -> bool| {
         rows.iter().filter(|row| is(row)).map(|row| row.mutant.as_str()).collect::<Vec<_>>().join(", ")
     };
     let mut wrong = Vec::new();
+    let late = format!("found later than {} s after the first operation:", FOUND_WITHIN.as_secs());
     for (what, names) in [
         ("nobody finds", named(|row| !row.control && row.verdict == Some(Verdict::Pass))),
         ("taken for bugs, and they are none:", named(|row| row.control && row.found())),
+        (
+            "something was wrong before the bug struck, so that nothing is known of",
+            named(|row| !row.control && row.found() && row.hits == 0),
+        ),
+        (&late, named(|row| !row.control && row.found() && is_late(row))),
+        (
+            "never odd, so that nothing is known of",
+            named(|row| row.control && row.verdict == Some(Verdict::Pass) && row.hits == 0),
+        ),
         ("too little was done to say anything of", named(|row| row.verdict == Some(Verdict::Vacuous))),
     ] {
         if !names.is_empty() {
@@ -170,12 +194,25 @@ mod tests {
     use super::*;
     use crate::context::testing::{Testing, context};
 
-    /// Runs that end with a verdict and an exit status.
-    struct Fake(Vec<(Verdict, Option<i32>)>);
+    /// How a run ends, how often the bug struck in it, and how long it took from the first operation.
+    #[derive(Clone, Copy, Debug)]
+    struct Ending {
+        verdict: Verdict,
+        exit_code: Option<i32>,
+        hits: u64,
+        elapsed_ms: u64,
+    }
+
+    fn ends(verdict: Verdict, exit_code: impl Into<Option<i32>>) -> Ending {
+        Ending { verdict, exit_code: exit_code.into(), hits: 3, elapsed_ms: 500 }
+    }
+
+    /// Runs that end so.
+    struct Fake(Vec<Ending>);
 
     impl Launch for Fake {
         fn launch(&mut self, order: &Order, _: &mut Context) -> Result<Part, Failure> {
-            let (verdict, exit_code) = self.0.remove(0);
+            let Ending { verdict, exit_code, hits, elapsed_ms } = self.0.remove(0);
             let step = |name: &str, ok, elapsed_ms| StepFinished {
                 name: name.into(),
                 ok,
@@ -183,28 +220,32 @@ mod tests {
                 elapsed_ms,
                 deadline_ms: 1,
             };
+            let mut steps = vec![step("start", true, 1000)];
+            if verdict != Verdict::Hang {
+                steps.push(step("torture", verdict == Verdict::Pass, elapsed_ms));
+            }
             Ok(Part {
                 name: order.name.clone(),
                 verdict,
                 exit_code,
-                elapsed_ms: 9000,
+                elapsed_ms: 1000 + elapsed_ms,
                 what: "something".to_owned(),
-                evidence: [("ops".to_owned(), 42), ("mutant_hits".to_owned(), 3)].into(),
+                evidence: [("ops".to_owned(), 42), ("mutant_hits".to_owned(), hits)].into(),
                 gates: Vec::new(),
-                steps: vec![step("start", true, 1000), step("torture", verdict == Verdict::Pass, 500)],
+                steps,
                 report: None,
                 repro: order.repro(),
             })
         }
     }
 
-    fn tried(ends: &[(Verdict, Option<i32>)]) -> (Result<(), Failure>, Vec<DeviceRow>, Testing) {
+    fn tried_as(control: bool, ends: &[Ending]) -> (Result<(), Failure>, Vec<DeviceRow>, Testing) {
         let mut testing = context();
         let dir = tempfile::tempdir().expect("a directory");
         testing.context.report_dir = Some(dir.path().to_owned());
         let mutants: Vec<_> = Mutant::ALL
             .into_iter()
-            .filter(|mutant| can_be(*mutant).is_ok() && !mutant.is_control())
+            .filter(|mutant| can_be(*mutant).is_ok() && mutant.is_control() == control)
             .take(ends.len())
             .collect();
         let result = run(&mutants, &mut Fake(ends.to_vec()), &mut testing.context);
@@ -212,18 +253,84 @@ mod tests {
         (result, serde_json::from_slice(&saved).unwrap_or_default(), testing)
     }
 
+    fn tried(ends: &[Ending]) -> (Result<(), Failure>, Vec<DeviceRow>, Testing) {
+        tried_as(false, ends)
+    }
+
+    /// Why runs that end so are a failure, and how many bugs count as found.
+    fn rejected(control: bool, ends: &[Ending]) -> (String, u64) {
+        let (result, _, testing) = tried_as(control, ends);
+        let failure = result.expect_err("not as it should be");
+        assert_eq!(failure.verdict(), Some(Verdict::Fail), "{failure}");
+        (failure.to_string(), testing.context.evidence().snapshot().count("found"))
+    }
+
     #[test]
     fn what_a_run_finds_by_itself_is_found() {
-        let (result, rows, _testing) = tried(&[(Verdict::Fail, Some(2)), (Verdict::Hang, Some(3))]);
+        let (result, rows, testing) = tried(&[ends(Verdict::Fail, 2), ends(Verdict::Hang, 3)]);
         result.expect("both are found");
         assert!(rows.iter().all(DeviceRow::found));
-        assert_eq!((rows[0].ops, rows[0].hits, rows[0].elapsed_ms), (42, 3, 500));
+        assert!(rows.iter().all(|row| (row.ops, row.hits, row.elapsed_ms) == (42, 3, 500)), "{rows:?}");
+        assert_eq!(testing.context.evidence().snapshot().count("found"), 2);
+        assert!(
+            rows[0].to_string().ends_with("found: something, after 42 operations, 3 hits, 500 ms"),
+            "{}",
+            rows[0]
+        );
+    }
+
+    #[test]
+    fn what_goes_wrong_before_the_bug_strikes_is_not_the_bug() {
+        for unrelated in [ends(Verdict::Fail, 2), ends(Verdict::Hang, 3)] {
+            let (why, found) = rejected(false, &[ends(Verdict::Fail, 2), Ending { hits: 0, ..unrelated }]);
+            assert!(why.contains("before the bug struck, so that nothing is known of lost-overwrite"), "{why}");
+            assert_eq!(found, 1);
+        }
+    }
+
+    #[test]
+    fn a_bug_is_found_within_a_minute_of_the_first_operation() {
+        for found in [ends(Verdict::Fail, 2), ends(Verdict::Hang, 3)] {
+            tried(&[Ending { elapsed_ms: 60_000, ..found }]).0.expect("just in time");
+            let (why, found) = rejected(false, &[Ending { elapsed_ms: 60_001, ..found }, ends(Verdict::Fail, 2)]);
+            assert!(why.contains("later than 60 s after the first operation: lost-write"), "{why}");
+            assert_eq!(found, 1);
+        }
+    }
+
+    #[test]
+    fn a_control_has_to_be_odd_and_to_pass() {
+        let passes = Ending { elapsed_ms: 90_000, ..ends(Verdict::Pass, 0) };
+        tried_as(true, &[passes, passes]).0.expect("nothing was wrong");
+        let (why, _) = rejected(true, &[passes, Ending { hits: 0, ..passes }]);
+        assert!(why.contains("never odd, so that nothing is known of unflushed-lost"), "{why}");
+        for flagged in [ends(Verdict::Fail, 2), ends(Verdict::Hang, 3), Ending { hits: 0, ..ends(Verdict::Fail, 2) }]
+        {
+            let (why, _) = rejected(true, &[flagged, passes]);
+            assert!(why.contains("taken for bugs, and they are none: errored-write"), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_run_that_did_too_little_says_nothing() {
+        for control in [false, true] {
+            let (why, _) = rejected(control, &[ends(Verdict::Vacuous, 5)]);
+            assert!(why.contains("too little was done to say anything of"), "{why}");
+        }
+    }
+
+    #[test]
+    fn every_reason_is_told() {
+        let struck_by_nobody = Ending { hits: 0, elapsed_ms: 60_001, ..ends(Verdict::Fail, 2) };
+        let (why, found) = rejected(false, &[struck_by_nobody, ends(Verdict::Pass, 0)]);
+        assert!(why.contains("3 things are wrong"), "{why}");
+        assert_eq!(found, 0);
     }
 
     #[test]
     fn a_run_that_had_to_be_ended_has_found_nothing_and_the_others_are_run() {
-        for bad in [(Verdict::Hang, None), (Verdict::Hang, Some(5)), (Verdict::Fail, Some(70))] {
-            let (result, rows, _testing) = tried(&[bad, (Verdict::Fail, Some(2))]);
+        for bad in [ends(Verdict::Hang, None), ends(Verdict::Hang, 5), ends(Verdict::Fail, 70)] {
+            let (result, rows, _testing) = tried(&[bad, ends(Verdict::Fail, 2)]);
             assert_eq!(result.expect_err("not as it should be").verdict(), Some(Verdict::Internal), "{bad:?}");
             assert_eq!(rows.iter().map(DeviceRow::found).collect::<Vec<_>>(), [false, true], "{bad:?}");
         }
@@ -231,7 +338,7 @@ mod tests {
 
     #[test]
     fn what_survives_is_a_failure() {
-        let (result, _, testing) = tried(&[(Verdict::Pass, Some(0)), (Verdict::Internal, Some(70))]);
+        let (result, _, testing) = tried(&[ends(Verdict::Pass, 0), ends(Verdict::Internal, 70)]);
         assert_eq!(result.expect_err("nobody finds it").verdict(), Some(Verdict::Fail));
         assert_eq!(testing.context.evidence().snapshot().count("tried"), 2);
     }

@@ -6,12 +6,14 @@ use std::time::Duration;
 
 use ublkit::{Backend, Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
 use ublkit_harness::Seed;
+use ublkit_harness::mutant::Hits;
 use ublkit_harness::sim::medium::{Medium, MediumDisk};
 
 use super::freezer::Freezer;
 use super::hang::{Hang, never_returns};
 use super::protocol::{Call, Closing, Reply, Served, Status};
 use super::stack::{Stack, Storage};
+use super::teller::Struck;
 use crate::in_flight::InFlight;
 use crate::inventory::Inventory;
 use crate::role::say;
@@ -24,6 +26,8 @@ struct Serving {
     stack: Stack,
     /// Storage on another device: nobody is to hold that when this one is closed.
     over: Option<usize>,
+    /// Has the strikes of its planted bug counted in, should all hang.
+    _struck: Option<Arc<Hits>>,
 }
 
 /// The server.
@@ -33,6 +37,7 @@ struct Server {
     storages: Vec<Option<Storage>>,
     devices: Vec<Option<Serving>>,
     in_flight: InFlight,
+    struck: Struck,
     /// A planted hang: it never ends.
     endless: bool,
     /// What this process had before its first device.
@@ -42,7 +47,7 @@ struct Server {
 /// Runs the server until its standard input ends, and returns its exit status.
 pub(crate) fn main() -> u8 {
     let mut server = Server::default();
-    if let Err(error) = super::teller::start(server.in_flight.clone()) {
+    if let Err(error) = super::teller::start(server.in_flight.clone(), server.struck.clone()) {
         let text = format!("what the server has in flight cannot be told of, should it hang: {error}");
         let _ = say(&Reply::Note(text), &[]);
     }
@@ -213,6 +218,7 @@ impl Server {
             self.before = Some(Inventory::take());
         }
         let stack = Stack::new(below, args, seed, self.in_flight.clone())?;
+        let struck = stack.planted_hits().map(|hits| self.struck.count_in(hits));
         let geometry = stack.declared(args.geometry());
         let flusher = stack.io_flusher();
         let device = match stack.handlers() {
@@ -224,7 +230,7 @@ impl Server {
             }
         }?;
         let info = *device.info();
-        self.devices.push(Some(Serving { device, stack, over }));
+        self.devices.push(Some(Serving { device, stack, over, _struck: struck }));
         Ok(Served {
             device: self.devices.len() - 1,
             storage,

@@ -29,7 +29,7 @@ pub(crate) use protocol::{Moment, Served, Status};
 pub(crate) use running::{
     adopt, adopt_group, forget, kill_all, lives, note_gone, note_made, pids, running_now, watch_over_device,
 };
-pub(crate) use teller::ask;
+pub(crate) use teller::{Told, ask};
 pub(crate) use witness::Testimony;
 
 /// The argument with which this program becomes a server.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ublkit::{Backend, Geometry};
 use ublkit_harness::fault::{Effect, Errno, FaultPlan, Faults, Injection, Stage};
-use ublkit_harness::mutant::{Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
+use ublkit_harness::mutant::{Hits, Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
 use ublkit_harness::observe::{Counters, Counts};
 use ublkit_harness::sim::medium::{CutReport, Medium};
 use ublkit_harness::sim::server::{PlainServer, Server};
@@ -164,7 +164,12 @@ impl Stack {
     /// What the device declares.
     pub(super) fn declared(&self, geometry: Geometry) -> Geometry {
         let geometry = lock(&self.below).lie.map_or(geometry, |lie| lie.declared(geometry));
-        self.planted.map_or(geometry, |planted| declared_geometry(planted, geometry))
+        let declared = self.planted.map_or(geometry, |planted| declared_geometry(planted, geometry));
+        if declared != geometry {
+            // That is the bug: it may be found before anybody has asked for what it lies about.
+            self.plot.hits.hit();
+        }
+        declared
     }
 
     /// Whether the server's threads are to be marked as part of the I/O path.
@@ -265,6 +270,11 @@ impl Stack {
 
     /// How often the planted bug was hit.
     pub(super) fn hits(&self) -> Option<u64> {
-        self.planted.map(|_| self.plot.hits.count())
+        self.planted_hits().map(|hits| hits.count())
+    }
+
+    /// What counts that.
+    pub(super) fn planted_hits(&self) -> Option<Hits> {
+        self.planted.map(|_| self.plot.hits.clone())
     }
 }

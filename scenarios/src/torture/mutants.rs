@@ -55,7 +55,9 @@ pub fn arguments(planted: Planted) -> Vec<String> {
         ("--capabilities", capabilities),
     ];
     let shows_at = planted.mutant.shows_at();
-    if oracles.contains(&Oracle::Durable) || shows_at == Some(Act::PowerCut) || planted.mutant.is_control() {
+    // What needs no outage to show is found sooner without one, even if it would show after a cut too.
+    let durable = oracles.contains(&Oracle::Durable) && shows_at.is_some();
+    if durable || shows_at == Some(Act::PowerCut) || planted.mutant.is_control() {
         options.extend([("--backend", "medium".to_owned()), ("--cut-every", "1s".to_owned())]);
     }
     if setup.recovery != Recovery::None || shows_at == Some(Act::Kill) {

@@ -109,11 +109,12 @@ impl<B: Backend> Backend for Thin<B> {
         let mut map = self.map();
         for (chunk, _, len) in parts(offset, len) {
             // What is less than a chunk stays: a discard is no promise.
-            if len == CHUNK && let Some(place) = map.chunks.remove(&chunk) {
+            if len == CHUNK
+                && let Some(place) = map.chunks.remove(&chunk)
+            {
                 map.free.push(place);
             }
         }
         Ok(())
     }
-
 }

@@ -18,7 +18,7 @@ REPORTS := $(CURDIR)/reports
 RUN := ci/run-on-kernel --timeout $(TIMEOUT) --rwdir $(REPORTS)
 TORTURE := target/release/ublk-torture
 
-.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle flush-trace test-external sigkill control crash chain release
+.PHONY: help torture probe fault sim mutants test test-unit test-integration test-vm test-scripts fuzz shrinking user-crate mutants-device mutants-scenarios suite soak matrix confusion lint bench stress bench-cycle coverage flush-trace test-external sigkill control crash chain release
 
 help: ## This list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-18s %s\n", $$1, $$2 }' Makefile
@@ -120,6 +120,9 @@ bench: ## What the data path and the verification cost, in counts and ratios
 
 bench-cycle: ## Where the time of a device's life goes, in a guest that counts instructions instead of time
 	ci/bench-cycle $(ARGS)
+
+coverage: ## Which lines the tests reach, those on a real kernel included (reports/coverage)
+	ci/coverage
 
 release:
 	@mkdir -p $(REPORTS)

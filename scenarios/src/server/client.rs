@@ -13,9 +13,10 @@ use super::ARGUMENT;
 use super::protocol::{Call, Closing, Moment, Reply, Served, Status};
 use super::running::{note_gone, note_made};
 use super::witness::Testimony;
-use crate::context::Context;
+use crate::context::{Context, SharedEvidence};
 use crate::flush_trace::Recording;
 use crate::role::Role;
+use crate::runs::RunRecord;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
@@ -35,6 +36,8 @@ pub(crate) struct Server {
     pid: u32,
     pipes: Mutex<Pipes>,
     sink: EventSink,
+    evidence: SharedEvidence,
+    record: RunRecord,
     /// How long it may take to end.
     patience: Duration,
 }
@@ -47,6 +50,8 @@ impl Server {
             pid: role.pid(),
             pipes: Mutex::new(Pipes { role, replies: BufReader::new(replies) }),
             sink: context.sink().clone(),
+            evidence: context.evidence().clone(),
+            record: context.record.clone(),
             patience: context.at_most(END_DEADLINE),
         }))
     }
@@ -235,6 +240,11 @@ impl Server {
             }
             match serde_json::from_str(&line) {
                 Ok(Reply::Note(text)) => self.sink.send(Event::note(text)),
+                Ok(Reply::Made(id)) => {
+                    self.record.made(id);
+                    note_made(self.pid, id);
+                }
+                Ok(Reply::Hits(hits)) => self.evidence.add("mutant_hits", hits),
                 Ok(Reply::Failed(trouble)) => return Err(trouble.into()),
                 Ok(reply) => return Ok(reply),
                 Err(error) => {

@@ -636,13 +636,10 @@ impl Target {
         let id = self.served.id;
         let closing = self.storage.server.close(&self.served, faults_stay)?;
         context.record.said_to_be_gone(id);
-        let Status { counts, hits, error, .. } = closing.last;
+        let Status { counts, error, .. } = closing.last;
         let mut evidence = Evidence::new();
         counts.add_to(&mut evidence);
         context.evidence().merge(&evidence);
-        if let Some(hits) = hits {
-            context.evidence().add("mutant_hits", hits);
-        }
         if let Some(error) = error.filter(|_| !error_is_known) {
             return Err(Failure::broke("server", format!("a queue failed: {error}")));
         }

@@ -235,7 +235,8 @@ FlushFails "i" "flush-fails" Control 10 [] YES
 }
 
 impl Spec {
-    /// Whether it is between the driver and the server: a real device then needs a handler of its own for it.
+    /// Whether it is between the driver and the server: a real device then needs a handler of its own for it, or a server of
+    /// its own.
     #[must_use]
     pub fn is_in_server(&self) -> bool {
         let pieces = [Mutant::ReadInPieces, Mutant::WriteInPieces];

@@ -1,5 +1,6 @@
 //! The server's side: does what it is told, and closes everything when nobody is there to tell it any more.
 
+use std::cell::Cell;
 use std::io::{self, BufRead};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,14 +24,14 @@ use crate::target::{Made, Mode, Patience, TargetArgs};
 /// A device that is served, by the library or on its raw level.
 enum Device {
     Library(ublkit::Device),
-    Raw(raw::Device),
+    Raw(Box<raw::Device>),
 }
 
 impl Device {
     fn start(stack: &Stack, args: &TargetArgs) -> Result<Self, Failure> {
         let geometry = stack.declared(args.geometry());
         if args.is_raw() {
-            return raw::Device::start(stack, args, &geometry).map(Self::Raw);
+            return raw::Device::start(stack, args, &geometry).map(|device| Self::Raw(Box::new(device)));
         }
         let flusher = stack.io_flusher();
         let device = match stack.handlers() {
@@ -87,6 +88,8 @@ struct Serving {
     device: Device,
     stack: Stack,
     patience: Patience,
+    /// How many hits of the planted bug were told.
+    told: Cell<u64>,
     /// Storage on another device: nobody is to hold that when this one is closed.
     over: Option<usize>,
 }
@@ -209,7 +212,11 @@ impl Server {
                 Reply::Switched
             }
             Call::Held { device } => Reply::Held(self.device(device)?.stack.held()),
-            Call::Testify { device } => Reply::Testimony(self.device(device)?.stack.testimony()),
+            Call::Testify { device } => {
+                let serving = self.device(device)?;
+                serving.tell_hits();
+                Reply::Testimony(serving.stack.testimony())
+            }
             Call::Recording { device } => Reply::Recording(self.device(device)?.stack.recording()),
             Call::Status { device } => Reply::Status(self.device(device)?.status()),
             Call::Close { device, faults_stay } => Reply::Closed(self.close(device, faults_stay)?),
@@ -280,7 +287,7 @@ impl Server {
         let stack = Stack::new(below, args, seed, self.in_flight.clone())?;
         let device = Device::start(&stack, args)?;
         let info = *device.info();
-        self.devices.push(Some(Serving { device, stack, patience: args.patience, over }));
+        self.devices.push(Some(Serving { device, stack, patience: args.patience, told: Cell::new(0), over }));
         Ok(Served {
             device: self.devices.len() - 1,
             storage,
@@ -296,10 +303,7 @@ impl Server {
         let error = serving.status().error;
         serving.stack.stopping(faults_stay);
         let closed = serving.device.close(serving.patience);
-        if let (Err(_), Some(hits)) = (&closed, serving.stack.hits()) {
-            // Nobody will learn of it otherwise. The reader is gone only when everything is about to end.
-            let _ = say(&Reply::Hits(hits), &[]);
-        }
+        serving.tell_hits();
         let deferred = closed?;
         let last = Status { error, ..serving.status() };
         let over = self.devices[index].take().and_then(|serving| serving.over);
@@ -339,6 +343,15 @@ impl Server {
 }
 
 impl Serving {
+    /// Tells how often the planted bug was hit since this was last told: whoever is ended by a hang knows of it then.
+    fn tell_hits(&self) {
+        if let Some(hits) = self.stack.hits() {
+            let since = hits.saturating_sub(self.told.replace(hits));
+            // The reader is gone only when everything is about to end.
+            let _ = say(&Reply::Hits(since), &[]);
+        }
+    }
+
     fn status(&self) -> Status {
         Status {
             counts: self.stack.counts(),

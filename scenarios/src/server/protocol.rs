@@ -68,7 +68,7 @@ pub(super) enum Reply {
     Note(String),
     /// Not a reply either: there is a device of this id, which may not be served yet.
     Made(u32),
-    /// Nor this: so often the planted bug was hit on a device that is about to fail.
+    /// Nor this: so often the planted bug was hit since this was last told.
     Hits(u64),
     Served(Served),
     /// So many bytes follow the line.

@@ -91,6 +91,13 @@ mod tests {
     }
 
     #[test]
+    fn all_but_two_can_be_on_a_device() {
+        let cannot = |mutant: &Mutant| matches!(mutant.spec().device, OnDevice::No(_));
+        let cannot: Vec<_> = Mutant::ALL.into_iter().filter(cannot).collect();
+        assert_eq!(cannot, [Mutant::ZcEarlyUnregister, Mutant::AutobufFallback]);
+    }
+
+    #[test]
     fn the_arguments_of_every_mutant_are_right() {
         use crate::Scenario;
         use clap::Parser;

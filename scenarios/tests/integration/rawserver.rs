@@ -8,16 +8,14 @@ use super::runner::{cases, ids};
 use super::scenarios::verdict;
 
 cases!("rawserver":
-    a_right_one_passes in 60 s,
     a_right_one_that_copies_passes in 60 s,
     an_error_without_its_sign_is_found in 60 s,
     a_second_commit_is_found in 60 s,
-    a_buffer_that_is_used_too_long_is_found in 60 s,
     another_queues_data_are_found in 60 s,
     segments_taken_for_one_are_found in 60 s,
-    a_tag_that_is_not_fetched_is_a_hang in 60 s,
+    a_tag_that_is_not_fetched_is_a_hang in 60 s unless PARTLY_FETCHED_DEATH,
     requests_dropped_at_the_end_are_a_hang in 60 s,
-    a_device_that_is_left_is_found_and_goes_with_the_next_run in 60 s,
+    a_device_that_is_left_is_found_and_goes_with_the_next_run_which_passes in 60 s,
 );
 
 /// Small, so that places are met again and again.
@@ -36,12 +34,8 @@ fn finds(arguments: &str, status: i32) {
     assert!(count(&verdict, "mutant_hits") > 0, "{verdict}");
 }
 
-fn a_right_one_passes() {
-    ends("--raw-server --max-io 64k --seed 31 --ops 1500", 0);
-}
-
 fn a_right_one_that_copies_passes() {
-    ends("--raw-server --max-io 128k --seed 32 --ops 1000 --queues 2 --mode user-copy", 0);
+    ends("--raw-server --max-io 128k --seed 32 --ops 400 --queues 2 --mode user-copy", 0);
 }
 
 fn an_error_without_its_sign_is_found() {
@@ -51,10 +45,6 @@ fn an_error_without_its_sign_is_found() {
 
 fn a_second_commit_is_found() {
     finds("--mutant double-commit:20 --max-io 64k --seed 34 --duration 20s --mix read=9,write=9", 2);
-}
-
-fn a_buffer_that_is_used_too_long_is_found() {
-    finds("--mutant buffer-reuse --max-io 64k --seed 35 --duration 20s", 2);
 }
 
 fn another_queues_data_are_found() {
@@ -70,16 +60,17 @@ fn a_tag_that_is_not_fetched_is_a_hang() {
 }
 
 fn requests_dropped_at_the_end_are_a_hang() {
-    finds("--mutant stop-with-inflight --max-io 64k --seed 39 --ops 200 --deadline 8s", 3);
+    finds("--mutant stop-with-inflight --max-io 64k --seed 39 --ops 200 --deadline 6s", 3);
 }
 
-fn a_device_that_is_left_is_found_and_goes_with_the_next_run() {
+fn a_device_that_is_left_is_found_and_goes_with_the_next_run_which_passes() {
     let before = ids();
     finds("--mutant minor-leak --max-io 64k --seed 40 --ops 200", 2);
     let left: Vec<_> = ids().difference(&before).copied().collect();
     assert_eq!(left.len(), 1, "a planted leak is there");
     let info = Controller::open().and_then(|controller| controller.get_dev_info(left[0])).expect("it is described");
     assert_eq!(info.state(), ublkit::ctrl::State::Dead, "and nobody serves it");
-    ends("--raw-server --max-io 64k --seed 41 --ops 200 --mix read=9,write=9", 0);
+    let right = ends("--raw-server --max-io 64k --seed 41 --ops 1000", 0);
+    assert!(count(&right, "flushes") > 0 && count(&right, "discards") > 0, "{right}");
     assert_eq!(ids(), before, "the next run deletes it");
 }

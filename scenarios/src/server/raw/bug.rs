@@ -70,9 +70,11 @@ impl Bug {
         turn.error(kind_of(io), io.offset(), io.len()).raw_os_error()
     }
 
-    /// The result of the request before, which is committed a second time.
-    pub(super) fn committed_again(&mut self, tag: u16) -> Option<i32> {
-        let earlier = self.doubled.remove(&tag)?;
+    /// The result of an earlier request, which is committed a second time, for this one. Not for one that is shorter: that is
+    /// what the driver sees, and it warns of it.
+    pub(super) fn committed_again(&mut self, io: &Io) -> Option<i32> {
+        let earlier = *self.doubled.get(&io.tag()).filter(|earlier| i64::from(**earlier) <= io.len() as i64)?;
+        self.doubled.remove(&io.tag());
         self.turn.iter().for_each(Turn::hit);
         Some(earlier)
     }
@@ -123,8 +125,9 @@ impl Bug {
         for deferred in self.deferred.values_mut() {
             deferred.turns_left = deferred.turns_left.saturating_sub(1);
         }
-        let due = self.deferred.extract_if(.., |_, deferred| deferred.turns_left == 0);
-        due.map(|(_, deferred)| deferred).collect()
+        let due = |deferred: &Deferred| deferred.turns_left == 0;
+        let due: Vec<_> = self.deferred.iter().filter(|(_, deferred)| due(deferred)).map(|(tag, _)| *tag).collect();
+        due.into_iter().filter_map(|tag| self.deferred.remove(&tag)).collect()
     }
 
     pub(super) fn all_deferred(&mut self) -> Vec<Deferred> {
@@ -154,5 +157,80 @@ impl Bug {
             self.turn.iter().for_each(Turn::hit);
         }
         moved
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use ublkit::sys::ublk::{IO_OP_FLUSH, IO_OP_READ, IO_OP_WRITE, IoDesc};
+    use ublkit_harness::Seed;
+    use ublkit_harness::mutant::{Planted, Plot};
+
+    use super::*;
+
+    fn bug(mutant: Mutant) -> (Bug, Plot) {
+        let plot = Plot::new(Seed::new(1));
+        (Bug::new(Some(Turn::new(Planted { mutant, every: 1 }, &plot))), plot)
+    }
+
+    fn io(queue: u16, op_flags: u32, nr_sectors: u32) -> Io {
+        Io::new(queue, 3, IoDesc { op_flags, nr_sectors, start_sector: 8, addr: 0 })
+    }
+
+    #[test]
+    fn without_a_bug_nothing_is_wrong() {
+        let mut right = Bug::new(None);
+        assert!(right.fetches(0, 0) && !right.drops() && right.fails(&io(0, IO_OP_WRITE, 8)).is_none());
+        assert_eq!(right.result(&io(0, IO_OP_READ, 8), 4096), 4096);
+        assert_eq!(right.result(&io(0, IO_OP_READ, 8), -5), -5);
+        assert!(right.committed_again(3).is_none() && !right.defers(&io(0, IO_OP_WRITE, 8), &[]));
+        assert!(!right.takes_to_be_contiguous() && right.other_queue(&io(1, IO_OP_READ, 8), 0).is_none());
+    }
+
+    #[test]
+    fn results_are_wrong_in_length_or_in_sign() {
+        let (mut bug, plot) = self::bug(Mutant::WrongResultLen);
+        assert_eq!(bug.result(&io(0, IO_OP_WRITE, 8), 4096), 8);
+        assert_eq!(bug.result(&io(0, IO_OP_FLUSH, 0), 0), 0);
+        assert_eq!(plot.hits.count(), 1);
+        let (mut bug, plot) = self::bug(Mutant::ErrnoSign);
+        assert_eq!((bug.fails(&io(0, IO_OP_FLUSH, 0)), bug.result(&io(0, IO_OP_READ, 8), -28)), (Some(5), 28));
+        assert_eq!(plot.hits.count(), 2);
+    }
+
+    #[test]
+    fn a_result_is_committed_for_the_next_request_once() {
+        let (mut bug, plot) = self::bug(Mutant::DoubleCommit);
+        assert_eq!(bug.result(&io(0, IO_OP_READ, 8), 4096), 4096);
+        assert_eq!(
+            (bug.committed_again(2), bug.committed_again(3), bug.committed_again(3)),
+            (None, Some(4096), None)
+        );
+        assert_eq!(plot.hits.count(), 1);
+    }
+
+    #[test]
+    fn a_deferred_write_has_what_its_buffer_holds_or_is_late() {
+        let (mut bug, plot) = self::bug(Mutant::BufferReuse);
+        assert!(bug.meets_deferred(3, &[1]).is_none() && bug.defers(&io(0, IO_OP_WRITE, 8), &[7; 4]));
+        let met = bug.meets_deferred(3, &[9; 2]).expect("it was deferred");
+        assert_eq!((met.offset, met.data), (4096, vec![9, 9, 7, 7]));
+        assert!(bug.defers(&io(0, IO_OP_WRITE, 8), &[7; 4]));
+        let due: Vec<_> = (0..WAITS).flat_map(|_| bug.due()).map(|deferred| deferred.data).collect();
+        assert_eq!((due, plot.hits.count()), (vec![vec![7; 4]], 1));
+    }
+
+    #[test]
+    fn another_queues_data_are_asked_for_until_there_are_any() {
+        let (bug, plot) = self::bug(Mutant::UserCopyOffset);
+        assert!(
+            bug.other_queue(&io(0, IO_OP_READ, 8), 0).is_none()
+                && bug.other_queue(&io(1, IO_OP_READ, 8), 8).is_none()
+        );
+        assert_eq!(bug.other_queue(&io(1, IO_OP_READ, 8), 0), Some(user_copy_offset(0, 3, 0)));
+        assert_eq!(bug.taken(Err(io::ErrorKind::InvalidInput.into())), 0);
+        assert!(bug.owed.get() && plot.hits.count() == 0);
+        assert_eq!(bug.taken(Ok(512)), 512);
+        assert!(!bug.owed.get() && plot.hits.count() == 1);
     }
 }

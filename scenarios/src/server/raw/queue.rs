@@ -69,10 +69,10 @@ impl Queue {
                 }
             }
             let late = self.bug.due();
-            late.into_iter().try_for_each(|deferred| self.store_late(deferred))?;
+            late.iter().try_for_each(|deferred| self.store_late(deferred))?;
         }
         let late = self.bug.all_deferred();
-        late.into_iter().try_for_each(|deferred| self.store_late(deferred))
+        late.iter().try_for_each(|deferred| self.store_late(deferred))
     }
 
     fn command(&mut self, operation: u32, tag: u16, result: i32) -> io::Result<()> {
@@ -105,7 +105,7 @@ impl Queue {
         if let Some(result) = self.bug.fails(&io) {
             return self.commit(tag, result);
         }
-        if let Some(earlier) = self.bug.committed_again(tag) {
+        if let Some(earlier) = self.bug.committed_again(&io) {
             self.commit(tag, earlier)?;
             // Nobody learns what becomes of it.
             let _ = self.perform(&io);
@@ -146,7 +146,7 @@ impl Queue {
         }
     }
 
-    fn store_late(&self, deferred: Deferred) -> io::Result<()> {
+    fn store_late(&self, deferred: &Deferred) -> io::Result<()> {
         self.common.backend.write_at(&deferred.data, deferred.offset, WriteFlags::NONE)
     }
 }

@@ -23,7 +23,7 @@ use crate::target::{Made, Mode, Patience, TargetArgs};
 
 /// A device that is served, by the library or on its raw level.
 enum Device {
-    Library(ublkit::Device),
+    Library(Box<ublkit::Device>),
     Raw(Box<raw::Device>),
 }
 
@@ -47,7 +47,7 @@ impl Device {
                 builder(handlers, args, geometry, flusher).start()
             }
         };
-        Ok(Self::Library(device?))
+        Ok(Self::Library(Box::new(device?)))
     }
 
     fn info(&self) -> &DeviceInfo {

@@ -44,8 +44,10 @@ const START_DEADLINE: Duration = Duration::from_secs(15);
 const STOP_DEADLINE: Duration = Duration::from_secs(15);
 /// How long a process that sends STOP waits for it, which may come to be far too long.
 const STOP_PATIENCE: Duration = Duration::from_secs(60);
-/// How long threads may take to end, nodes to appear, and a device that is given up to be gone.
+/// How long threads may take to end, and nodes to appear.
 const SHORT: Duration = Duration::from_secs(5);
+/// How long STOP may take of a device that is given up: the kernel takes back what its queues had in the background.
+const GIVEN_UP: Duration = Duration::from_secs(20);
 /// How long a server that is going to drop what it has in hand waits for that.
 const BEFORE_STOP: Duration = Duration::from_secs(3);
 const LOOK_AROUND: Duration = Duration::from_millis(2);
@@ -267,10 +269,10 @@ impl Device {
         let stopped = self.stop.is_none() && self.stop(SHORT)?;
         self.common.given_up.store(true, Ordering::Relaxed);
         let joined = self.join();
-        let stopped = stopped || self.stop(SHORT)?;
+        let stopped = stopped || self.stop(GIVEN_UP)?;
         if !joined || !stopped {
             let id = self.info.id();
-            return Err(Failure::Hang(format!("device {id} is not given up within {SHORT:?}: it is left behind")));
+            return Err(Failure::Hang(format!("device {id} is not given up within {GIVEN_UP:?}: it is left behind")));
         }
         match self.controller.delete(self.info.id(), SHORT) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error.into()),

@@ -183,7 +183,9 @@ mod tests {
         assert!(right.fetches(0, 0) && !right.drops() && right.fails(&io(0, IO_OP_WRITE, 8)).is_none());
         assert_eq!(right.result(&io(0, IO_OP_READ, 8), 4096), 4096);
         assert_eq!(right.result(&io(0, IO_OP_READ, 8), -5), -5);
-        assert!(right.committed_again(3).is_none() && !right.defers(&io(0, IO_OP_WRITE, 8), &[]));
+        assert!(
+            right.committed_again(&io(0, IO_OP_WRITE, 8)).is_none() && !right.defers(&io(0, IO_OP_WRITE, 8), &[])
+        );
         assert!(!right.takes_to_be_contiguous() && right.other_queue(&io(1, IO_OP_READ, 8), 0).is_none());
     }
 
@@ -202,11 +204,12 @@ mod tests {
     fn a_result_is_committed_for_the_next_request_once() {
         let (mut bug, plot) = self::bug(Mutant::DoubleCommit);
         assert_eq!(bug.result(&io(0, IO_OP_READ, 8), 4096), 4096);
-        assert_eq!(
-            (bug.committed_again(2), bug.committed_again(3), bug.committed_again(3)),
-            (None, Some(4096), None)
-        );
-        assert_eq!(plot.hits.count(), 1);
+        let next = io(0, IO_OP_WRITE, 16);
+        assert_eq!((bug.committed_again(&next), bug.committed_again(&next)), (Some(4096), None));
+        assert_eq!(bug.result(&io(0, IO_OP_READ, 8), 4096), 4096);
+        assert_eq!(bug.committed_again(&io(0, IO_OP_READ, 7)), None, "the driver would see that");
+        assert_eq!(bug.committed_again(&io(0, IO_OP_READ, 8)), Some(4096));
+        assert_eq!(plot.hits.count(), 2);
     }
 
     #[test]

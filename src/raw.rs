@@ -22,16 +22,47 @@
 //! # Ok::<(), ublkit::Error>(())
 //! ```
 //!
+//! A server of one's own can be written with it: [`Controller::add`], [`parameters`], [`Controller::set_params`], a thread for
+//! each queue with an [`IoChannel`] and [`Descriptors`], on which it sends
+//! [`IO_FETCH_REQ`](crate::sys::ublk::IO_FETCH_REQ) for each tag and, for each request that comes,
+//! [`IO_COMMIT_AND_FETCH_REQ`](crate::sys::ublk::IO_COMMIT_AND_FETCH_REQ); then [`Controller::start`]. An [`Io`](crate::Io) says
+//! what is asked. In copy mode the data are in the channel's buffers; in user-copy mode they are read from and written to
+//! the character device at [`user_copy_offset`](crate::sys::ublk::user_copy_offset). Nothing of what [`Device`](crate::Device)
+//! takes care of is taken care of there.
+//!
 //! This module is there with the feature `raw`.
 
+use std::io;
 use std::time::Duration;
 
 pub use crate::ring::raw::{Address, BatchCommand, Completion, Descriptors, IoChannel, IoCommand};
 
+use crate::backend::Geometry;
 use crate::ctrl::{Controller, explain_ring};
 use crate::error::{Error, Result};
+use crate::params;
 use crate::ring::command::{CommandRing, Memory, Outcome, Pace};
+use crate::sys::process;
 use crate::sys::ublk::{CtrlCmd, DevInfo, Params, Plain};
+
+/// The driver's parameters for a device of this geometry, which was granted requests of at most `max_io_bytes` bytes: what
+/// [`Device`](crate::Device) sets.
+///
+/// # Errors
+/// [`InvalidInput`](crate::ErrorKind::InvalidInput) for a geometry that no device can have.
+pub fn parameters(geometry: &Geometry, max_io_bytes: u32) -> Result<Params> {
+    params::check_geometry(geometry)?;
+    Ok(params::params(geometry, max_io_bytes))
+}
+
+/// Marks the calling thread as part of the I/O path (`PR_SET_IO_FLUSHER`), so that memory reclaim on its behalf does not wait for
+/// the device that it serves. For the threads of a server of one's own; those of the library mark themselves.
+///
+/// # Errors
+/// What prctl(2) says: `EPERM` without `CAP_SYS_RESOURCE`.
+pub fn set_io_flusher() -> io::Result<()> {
+    process::set_io_flusher()
+}
 
 /// What the address and the length of a control command name.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -166,5 +197,21 @@ impl Params {
     #[must_use]
     pub fn from_bytes(bytes: &[u8]) -> Self {
         Self::from_byte_prefix(bytes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ErrorKind;
+    use crate::sys::ublk;
+
+    #[test]
+    fn parameters_are_those_of_a_device_or_an_error() {
+        let params = parameters(&Geometry::bytes(1 << 20).discard(4096), 64 << 10).expect("a geometry");
+        assert_eq!(params.types, ublk::PARAM_TYPE_BASIC | ublk::PARAM_TYPE_DISCARD);
+        assert_eq!((params.basic.dev_sectors, params.basic.max_sectors), (2048, 128));
+        let error = parameters(&Geometry::bytes(1000), 64 << 10).expect_err("no multiple of a block");
+        assert_eq!(error.kind(), ErrorKind::InvalidInput);
     }
 }

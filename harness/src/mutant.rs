@@ -33,7 +33,7 @@ use ublkit::Backend;
 
 pub use self::lifecycle::{declared_geometry, gives_id_back};
 pub use self::spec::{Layer, Mutant, OnDevice, Spec, UnknownMutant};
-use self::twist::Turn;
+pub use self::twist::Turn;
 use crate::plan::OpKind;
 use crate::range::SectorRange;
 use crate::sector::Pattern;

@@ -101,6 +101,9 @@ fn dispatch(args: &[OsString]) -> u8 {
     if args.get(1).is_some_and(|arg| arg == server::ARGUMENT) {
         return server::main();
     }
+    if args.get(1).is_some_and(|arg| arg == server::STOP_ARGUMENT) {
+        return server::stop(&args[2..]);
+    }
     if args.get(1).is_some_and(|arg| arg == backtrace::ARGUMENT) {
         return backtrace::main(&args[2..]);
     }

@@ -244,8 +244,11 @@ impl RunRecord {
     /// This run made device `id`.
     pub(crate) fn made(&self, id: u32) {
         let mut kept = self.lock();
-        let inode = kept.state.inode(id);
-        kept.run.devices.push(Made { id, inode });
+        let made = Made { id, inode: kept.state.inode(id) };
+        // Told twice where the server tells it before it serves the device.
+        if !kept.run.devices.contains(&made) {
+            kept.run.devices.push(made);
+        }
         kept.write();
     }
 
@@ -253,6 +256,14 @@ impl RunRecord {
     pub(crate) fn gone(&self, id: u32) {
         let mut kept = self.lock();
         kept.run.devices.retain(|made| made.id != id);
+        kept.write();
+    }
+
+    /// The server of device `id` says that it is gone: one that exists all the same stays in the record, and so is left.
+    pub(crate) fn said_to_be_gone(&self, id: u32) {
+        let mut kept = self.lock();
+        let Kept { state, run, .. } = &mut *kept;
+        run.devices.retain(|made| made.id != id || state.is_still(made));
         kept.write();
     }
 
@@ -465,6 +476,22 @@ mod tests {
         // Another run's.
         machine.device(4);
         assert_eq!(record.left(), [3]);
+    }
+
+    #[test]
+    fn what_is_said_to_be_gone_and_is_there_is_left() {
+        let machine = Machine::new();
+        let record = machine.state.record();
+        for id in [1, 2] {
+            machine.device(id);
+            record.made(id);
+        }
+        machine.no_device(1);
+        record.said_to_be_gone(1);
+        record.said_to_be_gone(2);
+        assert_eq!(record.left(), [2]);
+        machine.kill_this_process();
+        assert_eq!(machine.clean(&[]), [2]);
     }
 
     #[test]

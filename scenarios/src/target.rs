@@ -18,7 +18,7 @@ use ublkit_harness::mutant::{OnDevice, Planted};
 use ublkit_harness::observe::Counts;
 use ublkit_harness::script::Setup;
 use ublkit_harness::sim::medium::{CutReport, Medium, MediumDisk, MediumOptions};
-use ublkit_harness::{DiscardPromise, Evidence, Seed};
+use ublkit_harness::{DiscardPromise, Evidence, Mutant, Seed};
 
 use crate::context::Context;
 use crate::flush_trace::{Recording, Tracing};
@@ -104,6 +104,11 @@ pub struct TargetArgs {
     /// Plant a bug, such as lost-write or bitflip-read; NAME:N for one in N requests
     #[arg(long, value_name = "NAME[:N]", value_parser = parse_planted)]
     pub mutant: Option<Planted>,
+    /// Serve it with a server of this program's own on the library's raw level, as it is for bugs that the library does not let
+    /// a server have
+    #[arg(long, hide = true)]
+    #[serde(default)]
+    pub(crate) raw_server: bool,
     /// Faults between the device and its storage, once they are switched on
     #[arg(skip)]
     pub faults: FaultPlan,
@@ -184,7 +189,7 @@ pub(crate) fn parse_planted(text: &str) -> Result<Planted, String> {
     let planted: Planted = text.parse()?;
     let spec = planted.mutant.spec();
     match spec.device {
-        OnDevice::Yes => Ok(planted),
+        OnDevice::Yes | OnDevice::Raw => Ok(planted),
         OnDevice::No(why) => Err(format!("'{}' cannot be planted in a device: {why}", spec.name)),
     }
 }
@@ -212,8 +217,19 @@ impl TargetArgs {
             ("mutant", json!(self.mutant.map(|planted| planted.to_string()))),
         ]
         .into_iter()
+        .chain(self.is_raw().then_some(("raw_server", json!(true))))
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
+    }
+
+    /// Whether it is served on the library's raw level.
+    pub(crate) fn is_raw(&self) -> bool {
+        self.raw_server || self.mutant.is_some_and(|planted| planted.mutant.spec().device == OnDevice::Raw)
+    }
+
+    /// Whether it is closed while somebody reads it: a server may drop what it has in hand.
+    fn closes_under_load(&self) -> bool {
+        self.raw_server || self.mutant.is_some_and(|planted| planted.mutant == Mutant::StopWithInflight)
     }
 
     /// The geometry the device is declared with.
@@ -272,6 +288,7 @@ impl TargetArgs {
             // The page cache copies without a lock.
             torn_by_races: self.backend == BackendKind::File,
             discard: if self.discard_promises_nothing { DiscardPromise::Nothing } else { DiscardPromise::Zeroes },
+            closes_under_load: self.closes_under_load(),
             lowest: None,
         })
     }
@@ -411,6 +428,7 @@ pub struct Target {
     geometry: Geometry,
     torn_by_races: bool,
     discard: DiscardPromise,
+    closes_under_load: bool,
     /// Where this one is kept on other devices, the lowest of them: what is behind that is behind all.
     lowest: Option<Lowest>,
 }
@@ -495,6 +513,11 @@ impl Target {
     #[must_use]
     pub const fn discard_promise(&self) -> DiscardPromise {
         self.discard
+    }
+
+    /// Whether somebody has to read it while it is closed.
+    pub(crate) const fn closes_under_load(&self) -> bool {
+        self.closes_under_load
     }
 
     /// Whether a read may find a block torn while a write to it is under way.
@@ -630,8 +653,13 @@ impl Target {
 
     fn close_as(self, context: &Context, faults_stay: bool, error_is_known: bool) -> Result<(), Failure> {
         let id = self.served.id;
-        let closing = self.storage.server.close(&self.served, faults_stay)?;
-        context.record.gone(id);
+        let closing = self.storage.server.close(&self.served, faults_stay).inspect_err(|_| {
+            // How often a planted bug struck is to be known all the same.
+            if let Ok(hits @ 1..) = self.mutant_hits() {
+                context.evidence().add("mutant_hits", hits);
+            }
+        })?;
+        context.record.said_to_be_gone(id);
         let Status { counts, hits, error, .. } = closing.last;
         let mut evidence = Evidence::new();
         counts.add_to(&mut evidence);

@@ -23,6 +23,8 @@ pub enum Layer {
 pub enum OnDevice {
     /// As a backend, a handler, or an option of the device.
     Yes,
+    /// In a server of its own on the library's raw level alone: the other levels do not let a server be wrong in this way.
+    Raw,
     /// Not, and why.
     No(&'static str),
 }
@@ -48,10 +50,10 @@ pub struct Spec {
     pub every: u64,
 }
 
-const TYPES: OnDevice = OnDevice::No("a request is a token that the library completes, once, with its own buffer");
-const COPIES: OnDevice = OnDevice::No("the library moves the data, and has no mode without a copy");
-const CLOSING: OnDevice = OnDevice::No("the library stops a device while its queues still serve");
-const DELETION: OnDevice = OnDevice::No("the library deletes the device when it is closed");
+const REGISTERED: OnDevice = OnDevice::No(
+    "it takes I/O on buffers that the driver has registered with a ring, which neither the library nor its raw level can do",
+);
+const RAW: OnDevice = OnDevice::Raw;
 const YES: OnDevice = OnDevice::Yes;
 
 macro_rules! mutants {
@@ -152,31 +154,31 @@ TagSwap "33" "tag-swap" Server 20 [Tag Linear Zero] YES
     "two requests are completed with each other's buffers";
 EarlyCommit "34" "early-commit" Backend 20 [Linear Zero] YES
     "a write is committed before the backend has done it";
-BufferReuse "35" "buffer-reuse" Server 20 [Tag Linear] TYPES
+BufferReuse "35" "buffer-reuse" Server 20 [Tag Linear] RAW
     "an asynchronous backend still uses the buffer of a slot that was committed (virtio-drivers #7)";
-DoubleCommit "36" "double-commit" Server 200 [Tag Linear Errors Flush Watchdog] TYPES
+DoubleCommit "36" "double-commit" Server 200 [Tag Linear Errors Flush Watchdog] RAW
     "a slot is committed twice, the second time for its next request";
-WrongResultLen "37" "wrong-result-len" Server 200 [Errors Tag Linear Zero Watchdog] TYPES
+WrongResultLen "37" "wrong-result-len" Server 200 [Errors Tag Linear Zero Watchdog] RAW
     "a result is not the number of bytes that moved (ublk.rst)";
-ErrnoSign "38" "errno-sign" Server 200 [Errors Flush Tag Linear Zero Watchdog] TYPES
+ErrnoSign "38" "errno-sign" Server 200 [Errors Flush Tag Linear Zero Watchdog] RAW
     "an error is committed as a positive number";
 OpFlagMask "39" "op-flag-mask" Server 1 [Durable Flush Linear Zero] YES
     "the operation is taken without its flags, and FUA is lost";
-UserCopyOffset "40" "user-copy-offset" Server 50 [Tag Linear Zero] COPIES
+UserCopyOffset "40" "user-copy-offset" Server 50 [Tag Linear Zero] RAW
     "the queue's bits in the place of a request's data are wrong, and another queue's buffer is used";
-SglContiguity "41" "sgl-contiguity" Server 4 [Tag Linear Zero] COPIES
+SglContiguity "41" "sgl-contiguity" Server 4 [Tag Linear Zero] RAW
     "the data of a large request are taken to be contiguous (ublksrv e062def)";
-ZcEarlyUnregister "42" "zc-early-unregister" Server 100 [Zero Tag Linear Durable] COPIES
+ZcEarlyUnregister "42" "zc-early-unregister" Server 100 [Zero Tag Linear Durable] REGISTERED
     "a zero-copy buffer is unregistered before the I/O on it ends (Linux 6ee6bd5d)";
-AutobufFallback "43" "autobuf-fallback" Server 100 [Zero Tag Linear] COPIES
+AutobufFallback "43" "autobuf-fallback" Server 100 [Zero Tag Linear] REGISTERED
     "a buffer was not registered, nobody looked, and zeroes are moved";
 CqeDropped "44" "cqe-dropped" Server 2000 [Watchdog] YES
     "a completion is filtered away and never comes (libublk-rs 14c4d39)";
-FetchMissing "45" "fetch-missing" Server 1 [Watchdog] TYPES
+FetchMissing "45" "fetch-missing" Server 1 [Watchdog] RAW
     "one slot is never fetched, and the device does not start (libublk-rs e9b911a)";
 NoVolatileCache "46" "no-volatile-cache" Lifecycle 1 [Resources Flush Durable Linear Zero] YES
     "the device does not say that it has a volatile cache, and is never flushed (ublksrv 27e9327, #118)";
-StopWithInflight "47" "stop-with-inflight" Lifecycle 1 [Watchdog] CLOSING
+StopWithInflight "47" "stop-with-inflight" Lifecycle 1 [Watchdog] RAW
     "a server that is stopped drops what it has in hand";
 RecoveryStaleState "48" "recovery-stale-state" Lifecycle 1 [Linear Durable Zero] YES
     "the next server serves an old or an empty backend (as SPDK's ublk_recovery.sh has it)";
@@ -184,7 +186,7 @@ ReissueOldOverNew "50" "reissue-old-over-new" Lifecycle 1 [Linear Durable] YES
     "recovery does an acknowledged write once more, over a newer one (UBLK_F_USER_RECOVERY_REISSUE, ublk.rst)";
 NoIoFlusher "54" "no-io-flusher" Lifecycle 50 [Watchdog Resources] YES
     "the server is no part of writeback and allocates: reclaim waits for itself (libublk-rs 70cc964)";
-MinorLeak "55" "minor-leak" Lifecycle 1 [Resources] DELETION
+MinorLeak "55" "minor-leak" Lifecycle 1 [Resources] RAW
     "a device's id is not given back (longhorn #10738)";
 WrongLimits "56" "wrong-limits" Lifecycle 1 [Resources Errors Zero Linear] YES
     "the device declares longer discards and zeroes than the backend takes";
@@ -233,7 +235,8 @@ FlushFails "i" "flush-fails" Control 10 [] YES
 }
 
 impl Spec {
-    /// Whether it is between the driver and the server: a real device then needs a handler of its own for it.
+    /// Whether it is between the driver and the server: a real device then needs a handler of its own for it, or a server of
+    /// its own.
     #[must_use]
     pub fn is_in_server(&self) -> bool {
         let pieces = [Mutant::ReadInPieces, Mutant::WriteInPieces];

@@ -13,9 +13,10 @@ use crate::seed::{Seed, SeededRng};
 /// `EIO`: what a mutant that makes errors makes.
 pub(super) const EIO: i32 = 5;
 
-/// When a mutant errs: once in so many chances, which ones follows from the seed.
+/// When a mutant errs: once in so many chances, which ones follows from the seed. For bugs that are planted outside of this
+/// crate, too.
 #[derive(Clone, Debug)]
-pub(super) struct Turn {
+pub struct Turn {
     planted: Planted,
     /// Which of the chances the first error falls on.
     phase: u64,
@@ -24,14 +25,18 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    pub(super) fn new(planted: Planted, plot: &Plot) -> Self {
+    /// The turns of `planted` with this plot, which counts them.
+    #[must_use]
+    pub fn new(planted: Planted, plot: &Plot) -> Self {
         let seed = plot.seed.derive(planted.mutant.name(), 0);
         let every = planted.every.max(1);
         let planted = Planted { every, ..planted };
         Self { planted, phase: seed.rng().below(every), seed, plot: plot.clone() }
     }
 
-    pub(super) fn planted(&self) -> Planted {
+    /// What takes these turns.
+    #[must_use]
+    pub fn planted(&self) -> Planted {
         self.planted
     }
 
@@ -43,12 +48,15 @@ impl Turn {
         self.planted.every
     }
 
-    pub(super) fn plot(&self) -> &Plot {
+    /// What it may touch.
+    #[must_use]
+    pub fn plot(&self) -> &Plot {
         &self.plot
     }
 
-    /// Whether this operation is to go wrong, and what to draw the error from.
-    pub(super) fn comes(&self) -> Option<SeededRng> {
+    /// Whether this operation is to go wrong, and what to draw the error from. To be asked once for each operation that could.
+    #[must_use]
+    pub fn comes(&self) -> Option<SeededRng> {
         let number = self.plot.hits.chance();
         (number % self.planted.every == self.phase).then(|| self.seed.derive("error", number).rng())
     }
@@ -63,12 +71,14 @@ impl Turn {
         self.seed.derive(name, index).get()
     }
 
-    pub(super) fn hit(&self) {
+    /// It was wrong once more.
+    pub fn hit(&self) {
         self.plot.hits.hit();
     }
 
-    /// An error that the mutant admits to.
-    pub(super) fn error(&self, kind: OpKind, offset: u64, len: u64) -> io::Error {
+    /// An error that the mutant makes by itself and admits to, in an operation on `len` bytes from `offset`.
+    #[must_use]
+    pub fn error(&self, kind: OpKind, offset: u64, len: u64) -> io::Error {
         self.plot.admit(kind, offset, len, EIO);
         io::Error::from_raw_os_error(EIO)
     }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use ublkit_harness::event::{DeviceRow, Event, Part, StepFinished};
 use ublkit_harness::mutant::OnDevice;
+use ublkit_harness::script::Act;
 use ublkit_harness::{Mutant, Verdict};
 
 use crate::context::Context;
@@ -16,6 +17,8 @@ use crate::torture::mutants::arguments;
 
 /// How long a mutant is tortured unless it is found, or another time is given.
 const DURATION: Duration = Duration::from_secs(60);
+/// How long one is that shows only when the device is closed.
+const BEFORE_CLOSING: Duration = Duration::from_secs(5);
 /// How long a run may take to start, to wind down, to notice a hang and to say so.
 const AROUND: Duration = Duration::from_secs(300);
 /// How long after the first operation a bug has to be found at the latest.
@@ -51,7 +54,7 @@ pub(super) fn run(mutants: &[Mutant], launch: &mut dyn Launch, context: &mut Con
 
 fn can_be(mutant: Mutant) -> Result<(), &'static str> {
     match mutant.spec().device {
-        OnDevice::Yes => Ok(()),
+        OnDevice::Yes | OnDevice::Raw => Ok(()),
         OnDevice::No(why) => Err(why),
     }
 }
@@ -139,6 +142,8 @@ fn judge(rows: &[DeviceRow]) -> Result<(), Failure> {
 /// The run of `torture` on a device with this bug.
 fn order(mutant: Mutant, context: &Context) -> Order {
     let duration = context.duration().unwrap_or(DURATION);
+    let at_the_end = mutant.shows_at() == Some(Act::Reopen);
+    let duration = if at_the_end { duration.min(BEFORE_CLOSING) } else { duration };
     let mut words = vec!["torture".to_owned()];
     words.extend(arguments(mutant.into()));
     words.extend(["--seed".to_owned(), seed_of(context.seed(), mutant.name(), 0).to_string()]);

@@ -11,7 +11,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 use std::thread::JoinHandle;
 
 use nix::libc;
-use ublkit::{DetachedRequest, Handler, Operation, Request};
+use ublkit::{DetachedRequest, Handler, Io, Operation, Request};
 use ublkit_harness::SeededRng;
 use ublkit_harness::mutant::Open;
 use ublkit_harness::sim::server::{Buffers, Commit, Server, TagId, Work};
@@ -62,16 +62,21 @@ impl Handler for Forward {
     }
 }
 
-fn note(in_flight: &InFlight, tag: TagId, request: &Request<'_>) -> Noted {
-    let io = request.io();
-    let kind = match io.operation() {
+/// What a request of the driver is to an application.
+pub(super) fn kind_of(io: &Io) -> OpKind {
+    match io.operation() {
         Operation::Write if io.fua() => OpKind::WriteFua,
         Operation::Write => OpKind::Write,
         Operation::Flush => OpKind::Flush,
         Operation::Discard => OpKind::Discard,
         Operation::WriteZeroes => OpKind::WriteZeroes,
         _ => OpKind::Read,
-    };
+    }
+}
+
+fn note(in_flight: &InFlight, tag: TagId, request: &Request<'_>) -> Noted {
+    let io = request.io();
+    let kind = kind_of(&io);
     let sector = SECTOR as u64;
     let range = SectorRange::new(io.offset() / sector, io.len() / sector);
     in_flight.begin(Who::Tag(tag), kind, range)

@@ -4,7 +4,8 @@ use std::io::{self, BufRead};
 use std::sync::Arc;
 use std::time::Duration;
 
-use ublkit::{Backend, Closed, DataMode, Deletion, Device, DeviceBuilder, Event, Geometry, Serve};
+use ublkit::ctrl::DeviceInfo;
+use ublkit::{Backend, Closed, DataMode, Deletion, DeviceBuilder, Event, Geometry, Serve};
 use ublkit_harness::Seed;
 use ublkit_harness::mutant::Hits;
 use ublkit_harness::sim::medium::{Medium, MediumDisk};
@@ -12,18 +13,82 @@ use ublkit_harness::sim::medium::{Medium, MediumDisk};
 use super::freezer::Freezer;
 use super::hang::{Hang, never_returns};
 use super::protocol::{Call, Closing, Reply, Served, Status};
+use super::raw;
 use super::stack::{Stack, Storage};
 use super::teller::Struck;
 use crate::in_flight::InFlight;
 use crate::inventory::Inventory;
 use crate::role::say;
 use crate::scenario::Failure;
-use crate::target::{Made, Mode, TargetArgs};
+use crate::target::{Made, Mode, Patience, TargetArgs};
+
+/// A device that is served, by the library or on its raw level.
+enum Device {
+    Library(Box<ublkit::Device>),
+    Raw(Box<raw::Device>),
+}
+
+impl Device {
+    fn start(stack: &Stack, args: &TargetArgs) -> Result<Self, Failure> {
+        let geometry = stack.declared(args.geometry());
+        if args.is_raw() {
+            return raw::Device::start(stack, args, &geometry).map(|device| Self::Raw(Box::new(device)));
+        }
+        let flusher = stack.io_flusher();
+        let device = match stack.handlers() {
+            None => builder(
+                ublkit::Device::builder(stack.backend()).workers(args.workers_backend),
+                args,
+                geometry,
+                flusher,
+            )
+            .start(),
+            Some(open) => {
+                let handlers = ublkit::Device::builder_with_handlers(geometry, move |queue| Ok(open(queue.queue)));
+                builder(handlers, args, geometry, flusher).start()
+            }
+        };
+        Ok(Self::Library(Box::new(device?)))
+    }
+
+    fn info(&self) -> &DeviceInfo {
+        match self {
+            Self::Library(device) => device.info(),
+            Self::Raw(device) => device.info(),
+        }
+    }
+
+    fn requests(&self) -> u64 {
+        match self {
+            Self::Library(device) => device.stats().iter().map(|queue| queue.requests).sum(),
+            Self::Raw(device) => device.requests(),
+        }
+    }
+
+    fn first_error(&self) -> Option<String> {
+        match self {
+            Self::Library(device) => device.first_error().map(|error| error.to_string()),
+            Self::Raw(device) => device.error(),
+        }
+    }
+
+    /// Returns what keeps its id from being given back at once.
+    fn close(&mut self, patience: Patience) -> Result<Option<String>, Failure> {
+        match self {
+            Self::Library(device) => Ok(match device.close()? {
+                Closed { deletion: Deletion::Complete, .. } => None,
+                deferred => Some(deferred.to_string()),
+            }),
+            Self::Raw(device) => device.close(patience.stop, patience.delete),
+        }
+    }
+}
 
 /// A device that is served, and what is known of it.
 struct Serving {
     device: Device,
     stack: Stack,
+    patience: Patience,
     /// Storage on another device: nobody is to hold that when this one is closed.
     over: Option<usize>,
     /// Has the strikes of its planted bug counted in, should all hang.
@@ -149,7 +214,10 @@ impl Server {
                 Reply::Switched
             }
             Call::Held { device } => Reply::Held(self.device(device)?.stack.held()),
-            Call::Testify { device } => Reply::Testimony(self.device(device)?.stack.testimony()),
+            Call::Testify { device } => {
+                let serving = self.device(device)?;
+                Reply::Testimony(serving.stack.testimony())
+            }
             Call::Recording { device } => Reply::Recording(self.device(device)?.stack.recording()),
             Call::Status { device } => Reply::Status(self.device(device)?.status()),
             Call::Close { device, faults_stay } => Reply::Closed(self.close(device, faults_stay)?),
@@ -219,18 +287,9 @@ impl Server {
         }
         let stack = Stack::new(below, args, seed, self.in_flight.clone())?;
         let struck = stack.planted_hits().map(|hits| self.struck.count_in(hits));
-        let geometry = stack.declared(args.geometry());
-        let flusher = stack.io_flusher();
-        let device = match stack.handlers() {
-            None => builder(Device::builder(stack.backend()).workers(args.workers_backend), args, geometry, flusher)
-                .start(),
-            Some(open) => {
-                let handlers = Device::builder_with_handlers(geometry, move |queue| Ok(open(queue.queue)));
-                builder(handlers, args, geometry, flusher).start()
-            }
-        }?;
+        let device = Device::start(&stack, args)?;
         let info = *device.info();
-        self.devices.push(Some(Serving { device, stack, over, _struck: struck }));
+        self.devices.push(Some(Serving { device, stack, patience: args.patience, over, _struck: struck }));
         Ok(Served {
             device: self.devices.len() - 1,
             storage,
@@ -242,17 +301,14 @@ impl Server {
     }
 
     fn close(&mut self, index: usize, faults_stay: bool) -> Result<Closing, Failure> {
-        let serving = self.device(index)?;
+        let serving = self.devices.get_mut(index).and_then(Option::as_mut).ok_or_else(|| unknown("device"))?;
         let error = serving.status().error;
         serving.stack.stopping(faults_stay);
-        let closed = serving.device.close()?;
+        let closed = serving.device.close(serving.patience);
+        let deferred = closed?;
         let last = Status { error, ..serving.status() };
         let over = self.devices[index].take().and_then(|serving| serving.over);
         self.let_go(over);
-        let deferred = match &closed {
-            Closed { deletion: Deletion::Complete, .. } => None,
-            deferred => Some(deferred.to_string()),
-        };
         let last_one = self.devices.iter().all(Option::is_none);
         let left = match &self.before {
             Some(before) if last_one => before.surplus_after_settling(),
@@ -272,12 +328,12 @@ impl Server {
         }
         // The last one first: it may be kept on one that was there before.
         while let Some(serving) = self.devices.pop() {
-            let Some(serving) = serving else { continue };
-            if let Err(error) = serving.device.close() {
+            let Some(mut serving) = serving else { continue };
+            if let Err(error) = serving.device.close(serving.patience) {
                 // A backend that does not come back: the kernel takes the device from this process when it ends, and the next
                 // run deletes it.
                 status = 1;
-                eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.id());
+                eprintln!("ublk-torture: failed to close device {}: {error}", serving.device.info().id());
             }
             let over = serving.over;
             drop(serving);
@@ -291,9 +347,9 @@ impl Serving {
     fn status(&self) -> Status {
         Status {
             counts: self.stack.counts(),
-            requests: self.device.stats().iter().map(|queue| queue.requests).sum(),
+            requests: self.device.requests(),
             hits: self.stack.hits(),
-            error: self.device.first_error().map(|error| error.to_string()),
+            error: self.device.first_error(),
         }
     }
 }

@@ -16,6 +16,7 @@ use super::witness::Testimony;
 use crate::context::Context;
 use crate::flush_trace::Recording;
 use crate::role::Role;
+use crate::runs::RunRecord;
 use crate::scenario::Failure;
 use crate::target::TargetArgs;
 use crate::torture::outage::Outage;
@@ -35,6 +36,7 @@ pub(crate) struct Server {
     pid: u32,
     pipes: Mutex<Pipes>,
     sink: EventSink,
+    record: RunRecord,
     /// How long it may take to end.
     patience: Duration,
 }
@@ -47,6 +49,7 @@ impl Server {
             pid: role.pid(),
             pipes: Mutex::new(Pipes { role, replies: BufReader::new(replies) }),
             sink: context.sink().clone(),
+            record: context.record.clone(),
             patience: context.at_most(END_DEADLINE),
         }))
     }
@@ -235,6 +238,10 @@ impl Server {
             }
             match serde_json::from_str(&line) {
                 Ok(Reply::Note(text)) => self.sink.send(Event::note(text)),
+                Ok(Reply::Made(id)) => {
+                    self.record.made(id);
+                    note_made(self.pid, id);
+                }
                 Ok(Reply::Failed(trouble)) => return Err(trouble.into()),
                 Ok(reply) => return Ok(reply),
                 Err(error) => {

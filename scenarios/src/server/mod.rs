@@ -14,6 +14,7 @@ mod hang;
 mod lies;
 mod noted;
 mod protocol;
+mod raw;
 mod running;
 mod socket;
 mod stack;
@@ -26,6 +27,7 @@ pub(crate) use client::Server;
 pub(crate) use hang::{Hang, never_returns};
 pub(crate) use lies::Lie;
 pub(crate) use protocol::{Moment, Served, Status};
+pub(crate) use raw::{STOP_ARGUMENT, stop};
 pub(crate) use running::{
     adopt, adopt_group, forget, kill_all, lives, note_gone, note_made, pids, running_now, watch_over_device,
 };

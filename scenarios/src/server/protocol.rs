@@ -66,6 +66,8 @@ pub(super) enum Call {
 pub(super) enum Reply {
     /// Not a reply: something that happened meanwhile.
     Note(String),
+    /// Not a reply either: there is a device of this id, which may not be served yet.
+    Made(u32),
     Served(Served),
     /// So many bytes follow the line.
     Bytes(usize),

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use ublkit::{Backend, Geometry};
 use ublkit_harness::fault::{Effect, Errno, FaultPlan, Faults, Injection, Stage};
-use ublkit_harness::mutant::{Hits, Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
+use ublkit_harness::mutant::{Hits, OnDevice, Open, Planted, Plot, declared_geometry, plant_backend, plant_server};
 use ublkit_harness::observe::{Counters, Counts};
 use ublkit_harness::sim::medium::{CutReport, Medium};
 use ublkit_harness::sim::server::{PlainServer, Server};
@@ -135,7 +135,9 @@ impl Stack {
         let socket = Arc::new(Socket::new(below.plug(&plot)));
         let hang = Plant::new(args.hang);
         let (top, counters) = Observed::new(Hangs { inner: Arc::clone(&socket), plant: hang.clone() });
-        let in_server = args.mutant.filter(|planted| planted.mutant.spec().is_in_server());
+        // On the raw level a server has its bugs by itself.
+        let raw = args.mutant.is_some_and(|planted| planted.mutant.spec().device == OnDevice::Raw);
+        let in_server = args.mutant.filter(|planted| !raw && planted.mutant.spec().is_in_server());
         let bridged = in_server.is_some() || hang.is_in_handler();
         // Behind a bridge a request is in flight from its arrival on, and is noted there.
         let top: Arc<dyn Backend> =
@@ -179,6 +181,11 @@ impl Stack {
             self.plot.hits.hit();
         }
         !forgets
+    }
+
+    /// What a bug is planted with that is neither in the backend nor in its handlers.
+    pub(super) fn plot(&self) -> &Plot {
+        &self.plot
     }
 
     /// What the device is served with.

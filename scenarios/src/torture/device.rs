@@ -79,7 +79,12 @@ impl Subject {
 
     pub(crate) fn close(self, context: &mut Context) -> Result<(), Failure> {
         match self {
-            Self::Ours(target) => target.close(context),
+            Self::Ours(target) => {
+                if target.closes_under_load() {
+                    super::late_reader(&target)?;
+                }
+                target.close(context)
+            }
             Self::SomebodyElses(external) => external.close(context),
         }
     }

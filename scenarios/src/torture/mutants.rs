@@ -1,8 +1,8 @@
 //! What `torture` has to be told so that a planted bug can occur, and is looked for by whoever can find it.
 
-use ublkit_harness::Oracle;
 use ublkit_harness::mutant::Planted;
 use ublkit_harness::script::{Act, Recovery, Setup};
+use ublkit_harness::{Mutant, Oracle};
 
 /// Where every mutant begins: small, so that places are met again and again.
 const SETUP: Setup = Setup {
@@ -63,6 +63,9 @@ pub fn arguments(planted: Planted) -> Vec<String> {
     if setup.recovery != Recovery::None || shows_at == Some(Act::Kill) {
         options.push(("--restart-every", "1s".to_owned()));
     }
+    if matches!(planted.mutant, Mutant::UserCopyOffset | Mutant::SglContiguity) {
+        options.push(("--mode", "user-copy".to_owned()));
+    }
     if oracles.contains(&Oracle::Errors) {
         options.push(("--faults", "draw".to_owned()));
     }
@@ -82,7 +85,6 @@ pub fn arguments(planted: Planted) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ublkit_harness::Mutant;
     use ublkit_harness::mutant::OnDevice;
 
     #[derive(clap::Parser)]
@@ -92,10 +94,17 @@ mod tests {
     }
 
     #[test]
+    fn all_but_two_can_be_on_a_device() {
+        let cannot = |mutant: &Mutant| matches!(mutant.spec().device, OnDevice::No(_));
+        let cannot: Vec<_> = Mutant::ALL.into_iter().filter(cannot).collect();
+        assert_eq!(cannot, [Mutant::ZcEarlyUnregister, Mutant::AutobufFallback]);
+    }
+
+    #[test]
     fn the_arguments_of_every_mutant_are_right() {
         use crate::Scenario;
         use clap::Parser;
-        for mutant in Mutant::ALL.into_iter().filter(|mutant| mutant.spec().device == OnDevice::Yes) {
+        for mutant in Mutant::ALL.into_iter().filter(|mutant| !matches!(mutant.spec().device, OnDevice::No(_))) {
             let arguments = arguments(mutant.into());
             let parsed = Program::try_parse_from([vec!["torture".to_owned()], arguments].concat());
             let parsed = parsed.unwrap_or_else(|error| panic!("{mutant}: {error}"));

@@ -238,6 +238,7 @@ fn target(script: &Script, served: ServedBy) -> TargetArgs {
         discard_promises_nothing: !setup.discard_zeroes,
         read_only: setup.read_only,
         mutant: script.mutant,
+        raw_server: false,
         faults: script.faults.clone(),
         patience: Patience::default(),
         lie: None,

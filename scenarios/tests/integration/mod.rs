@@ -22,6 +22,7 @@ mod kernel_log;
 mod notes;
 mod orphans;
 mod queues;
+mod rawserver;
 mod recoverable;
 mod recovery;
 pub(crate) mod runner;
@@ -58,6 +59,7 @@ pub(crate) fn all() -> Vec<runner::Case> {
         stress::cases(),
         sigkill::cases(),
         torture::cases(),
+        rawserver::cases(),
         hangs::cases(),
         kernel_log::cases(),
         flush_trace::cases(),

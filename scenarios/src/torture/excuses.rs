@@ -12,6 +12,8 @@ use crate::target::Target;
 
 /// How often a read is done again, at most, each time for an error that was made.
 const TRIES: u32 = 1000;
+/// What is not read in halves, in bytes.
+const PIECE: usize = 4096;
 
 /// Whoever reads a device and takes no error for the device's that was made.
 pub(super) struct Excuses<'a>(Option<&'a Target>);
@@ -24,7 +26,7 @@ impl<'a> Excuses<'a> {
         Ok(Self(target))
     }
 
-    /// Reads `buf` from `offset`, in bytes: again, if somebody made it fail.
+    /// Reads `buf` from `offset`, in bytes: in halves, if somebody made it fail, and the smallest pieces again.
     pub(super) fn read(&self, file: &File, buf: &mut [u8], offset: u64) -> Result<(), Failure> {
         let range = SectorRange::new(offset / SECTOR as u64, (buf.len() / SECTOR) as u64);
         let mut tries = 0;
@@ -34,6 +36,14 @@ impl<'a> Excuses<'a> {
                 Ok(()) => return Ok(()),
                 Err(error) if tries < TRIES && self.excuses(range, &error)? => {}
                 Err(error) => return Err(Failure::io(format_args!("read the device at {offset}"), &error)),
+            }
+            // A request of one page is one piece to every device.
+            let half = (buf.len() / 2).next_multiple_of(PIECE);
+            if let Some((first, second)) = buf.split_at_mut_checked(half)
+                && !second.is_empty()
+            {
+                self.read(file, first, offset)?;
+                return self.read(file, second, offset + half as u64);
             }
         }
     }

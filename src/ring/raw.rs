@@ -18,6 +18,9 @@ use crate::sys::uring::{self, Sqe};
 static RETIRED: Mutex<Vec<Map>> = Mutex::new(Vec::new());
 
 /// Memory that a channel's commands may name. It is retired, and not unmapped, with the channel.
+///
+/// An address is all that the driver is told of a buffer. What it copies there is as long as the device's requests are, whatever
+/// the channel was made for: upwards, into the buffers behind that one, and in the end into a page that stops it.
 #[derive(Debug)]
 struct Lent(Option<Map>);
 
@@ -25,8 +28,10 @@ impl Lent {
     /// `len` bytes, of which the first `clean` are zeroes.
     fn new(len: usize, clean: usize) -> io::Result<Self> {
         let mut retired = RETIRED.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(index) = retired.iter().position(|map| map.len() == len) else {
-            return Map::anonymous(len).map(|map| Self(Some(map)));
+        // The guard is a page of its own.
+        let all = len.next_multiple_of(page_size()) + page_size();
+        let Some(index) = retired.iter().position(|map| map.len() == all) else {
+            return Map::guarded(len).map(|map| Self(Some(map)));
         };
         let map = retired.swap_remove(index);
         assert!(clean <= len);
@@ -393,7 +398,7 @@ mod tests {
     #[test]
     fn memory_that_was_named_once_stays_when_the_next_channel_cannot_be_had() {
         // Of a size that no other test has.
-        let len = 3 * page_size() + ELEMENTS_LEN;
+        let len = (3 * page_size() + ELEMENTS_LEN).next_multiple_of(page_size()) + page_size();
         let new = |commands| {
             let null = File::options().read(true).write(true).open("/dev/null").expect("open");
             IoChannel::new(Arc::new(null), commands, 3, 1)

@@ -5,6 +5,8 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
 
+#[cfg(feature = "raw")]
+use nix::sys::mman::mprotect;
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mlock, mmap, mmap_anonymous, munmap};
 use nix::unistd::{SysconfVar, sysconf};
 
@@ -35,6 +37,20 @@ impl Map {
             mmap_anonymous(None, len, ProtFlags::PROT_READ | ProtFlags::PROT_WRITE, MapFlags::MAP_PRIVATE)?
         };
         Ok(Self { start: start.cast(), len: len.get() })
+    }
+
+    /// As [`anonymous`](Self::anonymous), rounded up to whole pages, with one more behind them that nobody can read or
+    /// write: a kernel that copies upwards and is told no end is stopped there. That page counts in [`len`](Self::len).
+    #[cfg(feature = "raw")]
+    pub(crate) fn guarded(len: usize) -> io::Result<Self> {
+        let page = page_size();
+        let map = Self::anonymous(len.next_multiple_of(page) + page)?;
+        // SAFETY: the last page of a mapping that is ours, which nobody has an address of yet.
+        unsafe {
+            let guard = map.start.add(map.len - page);
+            mprotect(guard.cast(), page, ProtFlags::PROT_NONE)?;
+        }
+        Ok(map)
     }
 
     /// `len` bytes of address space that nobody can read or write.
@@ -102,6 +118,27 @@ impl Drop for Map {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    #[cfg(feature = "raw")]
+    fn behind_guarded_memory_is_a_page_that_stops_whoever_writes_on() {
+        let map = Map::guarded(10_000).expect("map");
+        let (start, page) = (map.start().as_ptr() as usize, page_size());
+        assert_eq!(map.len(), 10_000_usize.next_multiple_of(page) + page);
+        let maps = std::fs::read_to_string("/proc/self/maps").expect("maps");
+        let permissions = |address: usize| {
+            let line = maps.lines().find(|line| {
+                let (from, to) = line.split_once(' ').and_then(|(range, _)| range.split_once('-')).expect("a range");
+                let number = |text| usize::from_str_radix(text, 16).expect("an address");
+                (number(from)..number(to)).contains(&address)
+            });
+            line.and_then(|line| line.split(' ').nth(1)).unwrap_or("nothing is there")
+        };
+        assert_eq!(permissions(start), "rw-p");
+        assert_eq!(permissions(start + map.len() - page - 1), "rw-p");
+        assert_eq!(permissions(start + map.len() - page), "---p");
+        assert_eq!(permissions(start + map.len() - 1), "---p");
+    }
 
     #[test]
     fn anonymous_memory_is_aligned_and_zero_length_is_refused() {

@@ -22,7 +22,7 @@ must not be there before; without, the command prints the path on its first line
 its device, when its process group gets SIGTERM";
 
 /// The options of a device of our own, which say nothing of somebody else's.
-const OURS: [&str; 12] = [
+const OURS: [&str; 13] = [
     "backend",
     "size",
     "queues",
@@ -35,6 +35,7 @@ const OURS: [&str; 12] = [
     "discard_promises_nothing",
     "read_only",
     "mutant",
+    "raw_server",
 ];
 
 /// Which device to take, instead of one of our own.

@@ -153,13 +153,15 @@ pub(crate) fn with_simulator(command: Command) -> Command {
 }
 
 fn parse(matches: &ArgMatches) -> Result<Box<dyn Scenario>, clap::Error> {
-    parse_either::<torture::Args>(matches, Tried::Torture)
+    let is_given = |id: &str| matches.value_source(id) == Some(ValueSource::CommandLine);
+    parse_either(matches, Tried::Torture, |args: torture::Args| args.drawn(is_given))
 }
 
-/// The scenario on a simulated device, or `S`.
+/// The scenario on a simulated device, or what `finish` makes of `S`.
 pub(crate) fn parse_either<S: Scenario + FromArgMatches + 'static>(
     matches: &ArgMatches,
     tried: Tried,
+    finish: impl FnOnce(S) -> S,
 ) -> Result<Box<dyn Scenario>, clap::Error> {
     if matches.get_flag("sim") {
         let given = |id: &&str| matches.value_source(id) == Some(ValueSource::CommandLine);
@@ -180,7 +182,7 @@ pub(crate) fn parse_either<S: Scenario + FromArgMatches + 'static>(
             wrong(ErrorKind::ValueValidation, format!("invalid value '{planted}' for --mutant: {why}; or use --sim"))
         })?;
     }
-    Ok(Box::new(args))
+    Ok(Box::new(finish(args)))
 }
 
 /// Arguments that are flattened come with a group of the name of their type.

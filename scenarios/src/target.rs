@@ -215,9 +215,9 @@ impl TargetArgs {
             ("discard_promises_nothing", json!(self.discard_promises_nothing)),
             ("read_only", json!(self.read_only)),
             ("mutant", json!(self.mutant.map(|planted| planted.to_string()))),
+            ("raw_server", json!(self.is_raw())),
         ]
         .into_iter()
-        .chain(self.is_raw().then_some(("raw_server", json!(true))))
         .map(|(name, value)| (name.to_owned(), value))
         .collect()
     }

@@ -24,6 +24,7 @@ mod scripted;
 pub(crate) mod shared;
 pub(crate) mod sharing;
 pub(crate) mod stage;
+mod swarm;
 mod tally;
 mod turns;
 pub(crate) mod verify;
@@ -38,7 +39,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use ublkit_harness::fault::FaultPlan;
 use ublkit_harness::script::Setup;
-use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, SectorRange};
+use ublkit_harness::{IoSize, Mix, Plan, PlanOptions, SectorRange, Seed};
 
 use self::accounts::Accounts;
 use self::crew::{Crew, Job};
@@ -109,6 +110,9 @@ pub struct Args {
     /// Leave out the passes over the whole region while operations are drawn
     #[arg(long, help_heading = "Workload")]
     no_passes: bool,
+    /// Draw from the seed what is not given: the device, how it is driven, and what goes wrong. All of it is told
+    #[arg(long, conflicts_with_all = ["device", "server"], help_heading = "Workload")]
+    swarm: bool,
     /// How long an operation may take before that is a hang
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_duration, help_heading = "Workload")]
     stall: Duration,
@@ -183,6 +187,7 @@ impl Scenario for Args {
                 ("region", json!(self.region)),
                 ("prefill", json!(self.prefill)),
                 ("compressible", json!(self.compressible)),
+                ("swarm", json!(self.swarm)),
                 ("passes", json!(!self.no_passes)),
                 ("faults", self.fault_choice().option()),
                 ("stall_ms", milliseconds(Some(self.stall))),
@@ -261,6 +266,18 @@ impl Scenario for Args {
             });
         }
         outcome
+    }
+}
+
+impl Args {
+    /// With everything drawn that is to be, of which `is_given` does not say that it was given. The seed is known from then
+    /// on.
+    pub(crate) fn drawn(mut self, is_given: impl Fn(&str) -> bool) -> Self {
+        if self.swarm {
+            let seed = *self.common.seed.get_or_insert_with(Seed::from_os);
+            swarm::draw(&mut self, is_given, &mut seed.derive("swarm", 0).rng());
+        }
+        self
     }
 }
 

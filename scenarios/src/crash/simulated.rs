@@ -63,5 +63,5 @@ fn augment(command: Command) -> Command {
 }
 
 fn parse(matches: &ArgMatches) -> Result<Box<dyn Scenario>, clap::Error> {
-    parse_either::<Args>(matches, Tried::Crash)
+    parse_either(matches, Tried::Crash, |args: Args| args)
 }

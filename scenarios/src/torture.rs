@@ -494,8 +494,7 @@ impl Args {
             evidence.require("passes", 1);
         }
         let changes = mix.write + mix.fua + mix.discard + mix.zeroes > 0;
-        let in_flight = u64::from(plan.options().workers) * u64::from(self.io_depth);
-        evidence.require("overlaps", u64::from(layout.overlaps() && changes && in_flight > 1));
+        evidence.require("overlaps", u64::from(layout.overlaps(self.io_depth) && changes));
         evidence.require("power_cuts", u64::from(self.cut_every.is_some()));
         evidence.require("mutant_hits", u64::from(self.target.mutant.is_some()));
         evidence.require("restarts", u64::from(self.restart_every.is_some()));

@@ -103,8 +103,6 @@ struct Server {
     devices: Vec<Option<Serving>>,
     in_flight: InFlight,
     struck: Struck,
-    /// Keeps those counted in that struck while a device was started, which it then was not.
-    struck_at_start: Vec<Arc<Hits>>,
     /// A planted hang: it never ends.
     endless: bool,
     /// What this process had before its first device.
@@ -290,8 +288,10 @@ impl Server {
         let stack = Stack::new(below, args, seed, self.in_flight.clone())?;
         let struck = stack.planted_hits().map(|hits| self.struck.count_in(hits));
         let device = Device::start(&stack, args).inspect_err(|_| {
-            // Whoever takes this for a hang asks for them still.
-            self.struck_at_start.extend(struck.clone());
+            if let Some(hits @ 1..) = stack.hits() {
+                // The reader is gone only when everything is about to end.
+                let _ = say(&Reply::Hits(hits), &[]);
+            }
         })?;
         let info = *device.info();
         self.devices.push(Some(Serving { device, stack, patience: args.patience, over, _struck: struck }));

@@ -13,7 +13,7 @@ use super::ARGUMENT;
 use super::protocol::{Call, Closing, Moment, Reply, Served, Status};
 use super::running::{note_gone, note_made};
 use super::witness::Testimony;
-use crate::context::Context;
+use crate::context::{Context, SharedEvidence};
 use crate::flush_trace::Recording;
 use crate::role::Role;
 use crate::runs::RunRecord;
@@ -36,6 +36,7 @@ pub(crate) struct Server {
     pid: u32,
     pipes: Mutex<Pipes>,
     sink: EventSink,
+    evidence: SharedEvidence,
     record: RunRecord,
     /// How long it may take to end.
     patience: Duration,
@@ -49,6 +50,7 @@ impl Server {
             pid: role.pid(),
             pipes: Mutex::new(Pipes { role, replies: BufReader::new(replies) }),
             sink: context.sink().clone(),
+            evidence: context.evidence().clone(),
             record: context.record.clone(),
             patience: context.at_most(END_DEADLINE),
         }))
@@ -242,6 +244,7 @@ impl Server {
                     self.record.made(id);
                     note_made(self.pid, id);
                 }
+                Ok(Reply::Hits(hits)) => self.evidence.add("mutant_hits", hits),
                 Ok(Reply::Failed(trouble)) => return Err(trouble.into()),
                 Ok(reply) => return Ok(reply),
                 Err(error) => {

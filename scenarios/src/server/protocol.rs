@@ -68,6 +68,8 @@ pub(super) enum Reply {
     Note(String),
     /// Not a reply either: there is a device of this id, which may not be served yet.
     Made(u32),
+    /// Nor this: so often the bug struck that is planted in a device which could not be started.
+    Hits(u64),
     Served(Served),
     /// So many bytes follow the line.
     Bytes(usize),

@@ -62,9 +62,9 @@ impl Layout {
         Self { compressible: percent, ..self }
     }
 
-    /// Whether operations overlap.
-    pub(crate) const fn overlaps(&self) -> bool {
-        self.sharing > 0
+    /// Whether operations overlap, when each worker has so many in flight.
+    pub(crate) const fn overlaps(&self, io_depth: u16) -> bool {
+        self.sharing > 0 && (self.sharing > 1 || io_depth > 1)
     }
 
     /// All regions.

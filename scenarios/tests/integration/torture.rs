@@ -29,7 +29,7 @@ cases!("torture":
     threads_that_are_no_part_of_the_io_path_are_found in 60 s,
     a_read_only_device_takes_nothing in 60 s,
     a_read_only_device_that_may_be_written_is_found in 60 s,
-    a_failure_is_kept_and_made_small_and_fails_again in 120 s,
+    a_failure_is_kept_and_made_small_and_fails_again in 170 s,
     a_script_that_a_right_device_passes_is_told_apart in 60 s,
     a_hang_is_kept_and_hangs_again in 90 s,
     what_the_simulator_found_fails_on_a_device in 90 s,
@@ -140,8 +140,8 @@ fn replays(path: &Path, arguments: &str, code: i32) -> Value {
 fn a_failure_is_kept_and_made_small_and_fails_again() {
     let (reports, bundle) = leaves_bundle(
         &format!(
-            "torture {SMALL} --seed 24 --duration 30s --shrink 30s --workers 2 --mix read=40,write=40,zeroes=20 \
-             --mutant write-zeroes-ignored:3"
+            "torture --size 16M --region 64k --max-io 64k --io-depth 8 --seed 24 --duration 30s --shrink 90s --workers 2 \
+             --mix read=40,write=40,zeroes=20 --mutant write-zeroes-ignored:3"
         ),
         2,
     );

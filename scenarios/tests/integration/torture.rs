@@ -139,10 +139,8 @@ fn replays(path: &Path, arguments: &str, code: i32) -> Value {
 
 fn a_failure_is_kept_and_made_small_and_fails_again() {
     let (reports, bundle) = leaves_bundle(
-        &format!(
-            "torture --size 16M --region 64k --max-io 64k --io-depth 8 --seed 24 --duration 30s --shrink 90s --workers 2 \
-             --mix read=40,write=40,zeroes=20 --mutant write-zeroes-ignored:3"
-        ),
+        "torture --size 16M --region 64k --max-io 64k --io-depth 8 --seed 24 --duration 30s --shrink 90s --workers 2 \
+         --mix read=40,write=40,zeroes=20 --mutant write-zeroes-ignored:3",
         2,
     );
     assert_eq!(

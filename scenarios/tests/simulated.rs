@@ -58,7 +58,7 @@ fn what_cannot_be_is_a_usage_error_and_says_what_can() {
         ("torture --sim --mutant no-such-bug", "lost-write"),
         ("torture --sim --ops 0", "from 1"),
         ("torture --threads 2", "--sim"),
-        ("torture --mutant minor-leak", "--sim"),
+        ("torture --mutant autobuf-fallback", "--sim"),
         ("replay", "BUNDLE"),
         ("replay /nonexistent", "/nonexistent"),
         ("replay /", "bundle.json"),

@@ -105,6 +105,8 @@ impl Bug {
     pub(super) fn defers(&mut self, io: &Io, data: &[u8]) -> bool {
         let defers = self.comes(Mutant::BufferReuse).is_some();
         if defers {
+            // From now on it can be seen: the write is late, and may have other data.
+            self.turn.iter().for_each(Turn::hit);
             let (offset, data, flags) = (io.offset(), data.to_vec(), io.write_flags());
             self.deferred.insert(io.tag(), Deferred { offset, data, flags, turns_left: WAITS });
         }
@@ -114,7 +116,6 @@ impl Bug {
     /// The deferred write of this tag, whose buffer now holds the data of another one.
     pub(super) fn meets_deferred(&mut self, tag: u16, buffer: &[u8]) -> Option<Deferred> {
         let mut deferred = self.deferred.remove(&tag)?;
-        self.turn.iter().for_each(Turn::hit);
         let common = buffer.len().min(deferred.data.len());
         deferred.data[..common].copy_from_slice(&buffer[..common]);
         Some(deferred)
@@ -220,7 +221,7 @@ mod tests {
         assert_eq!((met.offset, met.data), (4096, vec![9, 9, 7, 7]));
         assert!(bug.defers(&io(0, IO_OP_WRITE, 8), &[7; 4]));
         let due: Vec<_> = (0..WAITS).flat_map(|_| bug.due()).map(|deferred| deferred.data).collect();
-        assert_eq!((due, plot.hits.count()), (vec![vec![7; 4]], 1));
+        assert_eq!((due, plot.hits.count()), (vec![vec![7; 4]], 2));
     }
 
     #[test]
